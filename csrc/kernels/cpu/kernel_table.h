@@ -1,0 +1,83 @@
+// What each instruction set's file provides: blocks of work that the drivers in lora_linear.cpp
+// spread over threads. Only plain types cross this line, so that no inline function of the standard
+// library is compiled with an instruction set that the processor may lack.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/lora_linear.h"
+
+namespace fused_peft::cpu {
+
+// Dropout mask as bits, 1 = kept: column j of row i is bit j % 64 of bits[i * row_words + j / 64].
+struct MaskView {
+  const uint64_t* bits = nullptr;
+  int64_t row_words = 0;
+};
+
+// Where and how a tile of float sums is written: scale * sum + bias, rounded once.
+struct Epilogue {
+  float scale = 1.0F;
+  MatrixView bias;  // [1, N], data may be null
+  void* out = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t row_stride = 0, col_stride = 1;
+};
+
+// C[M, N] = scale * (tail_mask * (s up) + (a_mask * A) (b_mask * B)) + bias.
+// A is [M, K] with col_stride 1, B is [K, N] with either stride 1, s is [M, R] float contiguous.
+struct Gemm {
+  int64_t m = 0, n = 0, k = 0;
+  MatrixView a, b;
+  MaskView a_mask, b_mask;
+  int64_t r = 0;  // 0: no low-rank tail
+  const float* s = nullptr;
+  MatrixView up;  // [R, N]
+  MaskView tail_mask;
+  Epilogue epilogue;
+};
+
+// y[M, N] = scale * (x weight^T + s lora_b^T) + bias for few rows: dot products along k, the
+// weight read once and never repacked.
+struct Decode {
+  int64_t m = 0, n = 0, k = 0, r = 0;
+  MatrixView x;              // [M, K], float, or bfloat16 where the instruction set multiplies it
+  MatrixView weight;         // [N, K], col_stride 1
+  const float* s = nullptr;  // [M, R] contiguous, null: no low-rank tail
+  MatrixView lora_b;         // [N, R], col_stride 1
+  Epilogue epilogue;
+};
+
+struct KernelTable {
+  int panel;         // columns of a packed panel of B
+  int row_tile;      // rows of C that a full panel's register tile holds
+  bool bf16_dot;     // multiplies bfloat16 pairs directly
+  int64_t scratch_bytes;  // per thread, for r <= kMaxRank
+  // Computes rows [m0, m1) and columns [n0, n1) of C; n0 is a multiple of panel.
+  // m1 - m0 <= kMaxBlockRows.
+  void (*gemm_block)(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                     char* scratch);
+  void (*decode_block)(const Decode& decode, int64_t n0, int64_t n1);
+  void (*dropout_row)(uint64_t seed, uint32_t threshold, uint64_t first_element, int64_t columns,
+                      uint64_t* bits);
+  // dst[j * dst_stride + i] = src[i * src_stride + j]
+  void (*transpose)(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float* dst,
+                    int64_t dst_stride);
+  // sums[j] = sum over i of a(i, j), in row order
+  void (*column_sum)(const MatrixView& a, int64_t rows, int64_t c0, int64_t c1, void* out,
+                     DType out_dtype);
+  // dst[i * dst_stride + j] = float(src(i, j)), src.col_stride 1
+  void (*to_float)(const MatrixView& src, int64_t rows, int64_t cols, float* dst,
+                   int64_t dst_stride);
+};
+
+constexpr int64_t kMaxBlockRows = 512;
+constexpr int64_t kDecodeRows = 16;
+
+// Each is null where the file was not compiled for this architecture.
+const KernelTable* kernels_portable();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx512();
+const KernelTable* kernels_avx512_bf16();
+
+}  // namespace fused_peft::cpu

@@ -1,0 +1,356 @@
+// Drivers of the LoRA linear layer: which products are formed, in what order, and how their blocks
+// are spread over threads. The blocks themselves are in the instruction sets' files.
+#include "kernels/lora_linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include "kernels/cpu/isa.h"
+
+namespace fused_peft::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeDeleter>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  const auto bytes = static_cast<size_t>(
+      round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), kAlignment));
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(kAlignment, bytes)));
+}
+
+// One thread's packing buffers, kept for the next call: they fit the L2 cache and stay in it.
+char* thread_scratch(int64_t bytes) {
+  thread_local Buffer<char> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory = allocate<char>(bytes);
+    size = memory ? bytes : 0;
+  }
+  return memory.get();
+}
+
+// Runs fn(task, scratch) for every task; false when a thread had no memory for its scratch.
+template <class Fn>
+bool for_each_task(const KernelTable& table, const ParallelFor& parallel, int64_t tasks,
+                   const Fn& fn) {
+  if (tasks <= 0) return true;
+  struct Context {
+    const Fn* fn;
+    int64_t scratch_bytes;
+    std::atomic<bool> failed{false};
+  } context{&fn, table.scratch_bytes};
+  const auto run_one = [](void* opaque, int64_t task) {
+    auto* c = static_cast<Context*>(opaque);
+    char* scratch = thread_scratch(c->scratch_bytes);
+    if (scratch == nullptr)
+      c->failed = true;
+    else
+      (*c->fn)(task, scratch);
+  };
+  if (tasks == 1 || parallel.num_threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) run_one(&context, task);
+  } else {
+    parallel.run(tasks, run_one, &context);
+  }
+  return !context.failed;
+}
+
+// ---- dropout mask ------------------------------------------------------------------------------
+
+struct Mask {
+  Buffer<uint64_t> memory;
+  MaskView view;
+};
+
+float keep_scale(const LoraLinearParams& p) { return 1.0F / (1.0F - p.dropout_p); }
+
+// The mask of x for this call. It lives in the workspace only: 1 bit an element, never saved.
+bool make_mask(const LoraLinearParams& p, const KernelTable& table, const ParallelFor& parallel,
+               Mask& mask) {
+  if (p.dropout_p <= 0.0F) return true;
+  const int64_t words = ceil_div(p.k, 64);
+  mask.memory = allocate<uint64_t>(p.m * words);
+  if (!mask.memory) return false;
+  mask.view = {mask.memory.get(), words};
+  const double scaled = std::floor(static_cast<double>(p.dropout_p) * 4294967296.0 + 0.5);
+  const auto threshold = static_cast<uint32_t>(std::min(scaled, 4294967295.0));
+  const int64_t rows = std::max<int64_t>(1, ceil_div(p.m, 4 * parallel.num_threads));
+  return for_each_task(table, parallel, ceil_div(p.m, rows), [&](int64_t task, char*) {
+    for (int64_t i = task * rows; i < std::min(p.m, (task + 1) * rows); ++i)
+      table.dropout_row(p.seed, threshold, static_cast<uint64_t>(i) * static_cast<uint64_t>(p.k),
+                        p.k, mask.memory.get() + i * words);
+  });
+}
+
+// ---- the pair of products: s, then the product that consumes it ---------------------------------
+
+struct Grid {
+  int64_t block_rows;  // rows of a task, <= kMaxBlockRows
+  int64_t row_blocks;
+  int64_t block_cols;  // columns of a task, a multiple of the panel
+  int64_t col_blocks;
+};
+
+// Rows that hide the packing of a panel: at 128 rows packing takes about 3 % of a block's time
+// (benchmarks/bench_lora_linear.py, M swept).
+constexpr int64_t kRowsThatHidePacking = 128;
+
+Grid choose_grid(int64_t m, int64_t n, int threads, const KernelTable& table) {
+  const int64_t panels = ceil_div(n, table.panel);
+  Grid grid{};
+  // Split by rows while each block still hides the packing; a row block needs no other's s.
+  const int64_t blocks = round_up(ceil_div(m, kMaxBlockRows), threads);
+  grid.block_rows = std::min(kMaxBlockRows, round_up(ceil_div(m, blocks), table.row_tile));
+  if (blocks == 1 || grid.block_rows >= kRowsThatHidePacking) {
+    grid.row_blocks = ceil_div(m, grid.block_rows);
+    grid.block_cols = panels * table.panel;
+    grid.col_blocks = 1;
+    return grid;
+  }
+  grid.row_blocks = ceil_div(m, kMaxBlockRows);
+  grid.block_rows = std::min(kMaxBlockRows, round_up(ceil_div(m, grid.row_blocks), table.row_tile));
+  const int64_t wanted = std::min(panels, round_up(threads, grid.row_blocks) / grid.row_blocks);
+  grid.block_cols = ceil_div(panels, wanted) * table.panel;
+  grid.col_blocks = ceil_div(n, grid.block_cols);
+  return grid;
+}
+
+// Runs down (null: s is there already), then main, whose low-rank tail reads down's output.
+bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
+                  const ParallelFor& parallel) {
+  const Grid grid = choose_grid(main.m, main.n, parallel.num_threads, table);
+  const bool fuse = grid.col_blocks == 1;
+  if (down && !fuse) {
+    const int64_t rows = std::min(
+        kMaxBlockRows, round_up(ceil_div(down->m, parallel.num_threads), table.row_tile));
+    const auto task = [&](int64_t i, char* scratch) {
+      table.gemm_block(*down, i * rows, std::min(down->m, (i + 1) * rows), 0, down->n, scratch);
+    };
+    if (!for_each_task(table, parallel, ceil_div(down->m, rows), task)) return false;
+  }
+  const auto task = [&](int64_t i, char* scratch) {
+    const int64_t m0 = i / grid.col_blocks * grid.block_rows;
+    const int64_t n0 = i % grid.col_blocks * grid.block_cols;
+    const int64_t m1 = std::min(main.m, m0 + grid.block_rows);
+    const int64_t n1 = std::min(main.n, n0 + grid.block_cols);
+    if (down && fuse) table.gemm_block(*down, m0, m1, 0, down->n, scratch);
+    table.gemm_block(main, m0, m1, n0, n1, scratch);
+  };
+  return for_each_task(table, parallel, grid.row_blocks * grid.col_blocks, task);
+}
+
+Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskView& mask,
+                  int64_t k, const MatrixView& columns, float* out) {
+  Gemm g;
+  g.m = p.m;
+  g.n = p.r;
+  g.k = k;
+  g.a = rows;
+  g.a_mask = mask;
+  g.b = columns;
+  g.epilogue.scale = p.scaling * keep_scale(p);
+  g.epilogue.out = out;
+  g.epilogue.row_stride = p.r;
+  return g;
+}
+
+// ---- few rows ----------------------------------------------------------------------------------
+
+bool use_decode(const LoraLinearParams& p) { return p.m <= kDecodeRows && p.weight.col_stride == 1; }
+
+bool run_decode(const Decode& d, const KernelTable& table, const ParallelFor& parallel) {
+  constexpr int64_t kColumnsOfBlock = 64;  // short enough to spread, long enough to stream
+  const int64_t columns =
+      std::max(kColumnsOfBlock, round_up(ceil_div(d.n, 4 * parallel.num_threads), kColumnsOfBlock));
+  return for_each_task(table, parallel, ceil_div(d.n, columns), [&](int64_t task, char*) {
+    table.decode_block(d, task * columns, std::min(d.n, (task + 1) * columns));
+  });
+}
+
+bool decode_forward(const LoraLinearForward& args, const Mask& mask, const KernelTable& table,
+                    const ParallelFor& parallel) {
+  const LoraLinearParams& p = args.problem;
+  const auto multiplies_directly = [&](const MatrixView& w) {
+    return p.x.dtype == w.dtype && (p.x.dtype == DType::kFloat32 ||
+                                    (p.x.dtype == DType::kBFloat16 && table.bf16_dot));
+  };
+  Buffer<float> x_float;
+  MatrixView float_view = p.x;
+  if (!multiplies_directly(p.weight) || !multiplies_directly(p.lora_a)) {
+    x_float = allocate<float>(p.m * p.k);
+    if (!x_float) return false;
+    table.to_float(p.x, p.m, p.k, x_float.get(), p.k);
+    float_view = {x_float.get(), p.k, 1, DType::kFloat32};
+  }
+  if (mask.view.bits) {
+    const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
+    const auto task = [&](int64_t, char* scratch) {
+      table.gemm_block(down, 0, p.m, 0, p.r, scratch);
+    };
+    if (!for_each_task(table, parallel, 1, task)) return false;
+  } else {
+    Decode down;
+    down.m = p.m;
+    down.n = p.r;
+    down.k = p.k;
+    down.x = multiplies_directly(p.lora_a) ? p.x : float_view;
+    down.weight = p.lora_a;
+    down.epilogue.scale = p.scaling;
+    down.epilogue.out = args.s;
+    down.epilogue.row_stride = p.r;
+    table.decode_block(down, 0, p.r);
+  }
+  Decode main;
+  main.m = p.m;
+  main.n = p.n;
+  main.k = p.k;
+  main.r = p.r;
+  main.x = multiplies_directly(p.weight) ? p.x : float_view;
+  main.weight = p.weight;
+  main.s = args.s;
+  main.lora_b = p.lora_b;
+  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1};
+  return run_decode(main, table, parallel);
+}
+
+// ---- adapter gradients -------------------------------------------------------------------------
+
+// out[r, c] = sum over m of rows[r, m] * columns[m, c]
+struct AdapterGradient {
+  Buffer<float> rows;  // [R, M], s or ds transposed
+  Gemm gemm;
+  int64_t panels = 0;
+};
+
+bool prepare_gradient(const LoraLinearParams& p, const KernelTable& table, const float* s,
+                      const MatrixView& columns, const MaskView& mask, int64_t n, void* out,
+                      DType dtype, int64_t row_stride, int64_t col_stride, AdapterGradient& g) {
+  g.rows = allocate<float>(p.r * p.m);
+  if (!g.rows) return false;
+  table.transpose(s, p.r, p.m, p.r, g.rows.get(), p.m);
+  g.gemm.m = p.r;
+  g.gemm.n = n;
+  g.gemm.k = p.m;
+  g.gemm.a = {g.rows.get(), p.m, 1, DType::kFloat32};
+  g.gemm.b = columns;
+  g.gemm.b_mask = mask;
+  g.gemm.epilogue = {1.0F, {}, out, dtype, row_stride, col_stride};
+  g.panels = ceil_div(n, table.panel);
+  return true;
+}
+
+bool run_gradients(const AdapterGradient& a, const AdapterGradient& b, const KernelTable& table,
+                   const ParallelFor& parallel) {
+  return for_each_task(table, parallel, a.panels + b.panels, [&](int64_t task, char* scratch) {
+    const AdapterGradient& g = task < a.panels ? a : b;
+    const int64_t n0 = (task < a.panels ? task : task - a.panels) * table.panel;
+    table.gemm_block(g.gemm, 0, g.gemm.m, n0, std::min(g.gemm.n, n0 + table.panel), scratch);
+  });
+}
+
+bool bias_gradient(const LoraLinearBackward& args, const KernelTable& table,
+                   const ParallelFor& parallel) {
+  const LoraLinearParams& p = args.problem;
+  return for_each_task(table, parallel, ceil_div(p.n, table.panel), [&](int64_t task, char*) {
+    table.column_sum(args.dy, p.m, task * table.panel, std::min(p.n, (task + 1) * table.panel),
+                     args.dbias, p.bias.dtype);
+  });
+}
+
+void zero(void* out, int64_t count, DType dtype) {
+  if (out) std::fill_n(static_cast<char*>(out), count * element_size(dtype), char{0});
+}
+
+bool covered(const LoraLinearParams& p, Isa isa) {
+  return isa_available(isa) && p.m >= 0 && p.n >= 1 && p.k >= 1 && p.r >= 1 && p.r <= kMaxRank &&
+         p.x.dtype == p.weight.dtype && p.x.col_stride == 1 && p.lora_a.col_stride == 1 &&
+         p.lora_b.col_stride == 1 && (p.weight.col_stride == 1 || p.weight.row_stride == 1);
+}
+
+Status status_of(bool ok) { return ok ? Status::kOk : Status::kOutOfMemory; }
+
+}  // namespace
+
+Status lora_linear_forward(const LoraLinearForward& args, Isa isa, const ParallelFor& parallel) {
+  const LoraLinearParams& p = args.problem;
+  if (!covered(p, isa)) return Status::kUnsupported;
+  if (p.m == 0) return Status::kOk;
+  const KernelTable& table = kernel_table(isa);
+  Mask mask;
+  if (!make_mask(p, table, parallel, mask)) return Status::kOutOfMemory;
+  if (use_decode(p)) return status_of(decode_forward(args, mask, table, parallel));
+  const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
+  Gemm main;
+  main.m = p.m;
+  main.n = p.n;
+  main.k = p.k;
+  main.a = p.x;
+  main.b = p.weight.transposed();
+  main.r = p.r;
+  main.s = args.s;
+  main.up = p.lora_b.transposed();
+  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1};
+  return status_of(run_products(&down, main, table, parallel));
+}
+
+Status lora_linear_backward(const LoraLinearBackward& args, Isa isa, const ParallelFor& parallel) {
+  const LoraLinearParams& p = args.problem;
+  if (!covered(p, isa) || args.dy.col_stride != 1 || args.dy.dtype != p.x.dtype)
+    return Status::kUnsupported;
+  if (p.m == 0) {
+    zero(args.dlora_a, p.r * p.k, p.lora_a.dtype);
+    zero(args.dlora_b, p.n * p.r, p.lora_b.dtype);
+    if (args.dbias) zero(args.dbias, p.n, p.bias.dtype);
+    return Status::kOk;
+  }
+  const KernelTable& table = kernel_table(isa);
+  Mask mask;
+  if (!make_mask(p, table, parallel, mask)) return Status::kOutOfMemory;
+  Buffer<float> ds;
+  if (args.dx || args.dlora_a) {
+    ds = allocate<float>(p.m * p.r);
+    if (!ds) return Status::kOutOfMemory;
+  }
+  const Gemm down = down_product(p, args.dy, MaskView{}, p.n, p.lora_b, ds.get());
+  if (args.dx) {
+    Gemm main;
+    main.m = p.m;
+    main.n = p.k;
+    main.k = p.n;
+    main.a = args.dy;
+    main.b = p.weight;
+    main.r = p.r;
+    main.s = ds.get();
+    main.up = p.lora_a;
+    main.tail_mask = mask.view;
+    main.epilogue = {1.0F, {}, args.dx, p.x.dtype, p.k, 1};
+    if (!run_products(&down, main, table, parallel)) return Status::kOutOfMemory;
+  } else if (args.dlora_a) {
+    if (!run_products(nullptr, down, table, parallel)) return Status::kOutOfMemory;
+  }
+  AdapterGradient grad_a, grad_b;
+  if (args.dlora_a && !prepare_gradient(p, table, ds.get(), p.x, mask.view, p.k, args.dlora_a,
+                                        p.lora_a.dtype, p.k, 1, grad_a))
+    return Status::kOutOfMemory;
+  if (args.dlora_b && !prepare_gradient(p, table, args.s, args.dy, MaskView{}, p.n, args.dlora_b,
+                                        p.lora_b.dtype, 1, p.r, grad_b))
+    return Status::kOutOfMemory;
+  if (!run_gradients(grad_a, grad_b, table, parallel)) return Status::kOutOfMemory;
+  return status_of(!args.dbias || bias_gradient(args, table, parallel));
+}
+
+}  // namespace fused_peft::cpu

@@ -1,0 +1,102 @@
+// The register tile: C[rows, vecs * kLanes] (+)= A B over packed B, kept in registers for the whole
+// k block. Two ways to multiply, the same data movement: a step is 4 bytes of A and one packed row
+// of B, which is one k of floats or a pair of k of bfloat16.
+#include "kernels/cpu/simd_impl.h"
+
+namespace fused_peft::cpu::FUSED_PEFT_ISA {
+
+// Register budget: 32 vector registers hold 24 accumulators, 16 hold 12; the rest are for B and
+// for A's broadcast.
+#if FUSED_PEFT_VECTOR_BYTES == 64
+constexpr int kMaxVecs = 3;
+constexpr int kAccumulators = 24;
+#else
+constexpr int kMaxVecs = 2;
+constexpr int kAccumulators = 12;
+#endif
+constexpr int kPanel = kMaxVecs * kLanes;
+constexpr int kMaxTileRows = kAccumulators;
+
+// Rows of the register tile for a panel of vecs vectors.
+constexpr int tile_rows(int vecs) { return kAccumulators / vecs; }
+
+struct MultiplyFloat {
+  static Vec load_a(const char* a) {
+    float value;
+    std::memcpy(&value, a, 4);
+    return broadcast(value);
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+};
+
+#if FUSED_PEFT_BF16_DOT
+// c += a.low * b.low + a.high * b.high in every lane, products and sums in float.
+struct MultiplyBf16Pairs {
+  static Vec load_a(const char* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, 4);
+    return reinterpret_cast<Vec>(_mm512_set1_epi32(pair));
+  }
+  static Vec fma(Vec a, Vec b, Vec c) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c),
+                                                  reinterpret_cast<__m512bh>(a),
+                                                  reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+// a: first row, rows lda bytes apart; b: [steps, kVecs * kLanes] packed; c: [kRows, ldc] floats.
+using MicroKernel = void (*)(const char* a, int64_t lda, const float* b, int64_t steps, float* c,
+                             int64_t ldc, bool accumulate);
+
+template <class Multiply, int kRows, int kVecs>
+void micro_kernel(const char* a, int64_t lda, const float* b, int64_t steps, float* c, int64_t ldc,
+                  bool accumulate) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
+  for (int64_t step = 0; step < steps; ++step) {
+    Vec columns[kVecs];
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) columns[j] = load(b + j * kLanes);
+#pragma GCC unroll 24
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = Multiply::load_a(a + i * lda);
+#pragma GCC unroll 3
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = Multiply::fma(row, columns[j], acc[i][j]);
+    }
+    a += 4;
+    b += kVecs * kLanes;
+  }
+  // A k block sums from zero and is added once: blockwise summation keeps the error of long sums
+  // down and costs one pass over C.
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
+}
+
+// The kernel for a tile of 1 <= rows <= tile_rows(vecs): found by walking the template arguments.
+template <class Multiply, int kVecs, int kRows = 1>
+MicroKernel micro_kernel_for_rows(int rows) {
+  if constexpr (kRows == tile_rows(kVecs)) {
+    return micro_kernel<Multiply, kRows, kVecs>;
+  } else {
+    if (rows == kRows) return micro_kernel<Multiply, kRows, kVecs>;
+    return micro_kernel_for_rows<Multiply, kVecs, kRows + 1>(rows);
+  }
+}
+
+template <class Multiply>
+MicroKernel micro_kernel_for(int rows, int vecs) {
+  if (vecs == 1) return micro_kernel_for_rows<Multiply, 1>(rows);
+  if (vecs == 2) return micro_kernel_for_rows<Multiply, 2>(rows);
+  return micro_kernel_for_rows<Multiply, kMaxVecs>(rows);
+}
+
+}  // namespace fused_peft::cpu::FUSED_PEFT_ISA

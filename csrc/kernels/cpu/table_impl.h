@@ -1,0 +1,50 @@
+// The remaining small passes and the table that an instruction set's file hands out.
+#include "kernels/cpu/decode_impl.h"
+#include "kernels/cpu/philox_impl.h"
+
+namespace fused_peft::cpu::FUSED_PEFT_ISA {
+
+inline void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float* dst,
+                      int64_t dst_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t filled_rows = rows - i < kLanes ? rows - i : kLanes;
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l)
+        block[l] = l < filled_rows ? load_partial(src + (i + l) * src_stride + j, cols - j) : Vec{};
+      transpose_block(block);
+      const int64_t filled_cols = cols - j < kLanes ? cols - j : kLanes;
+      for (int64_t l = 0; l < filled_cols; ++l)
+        store_partial(dst + (j + l) * dst_stride + i, block[l], filled_rows);
+    }
+  }
+}
+
+inline void column_sum(const MatrixView& a, int64_t rows, int64_t c0, int64_t c1, void* out,
+                       DType out_dtype) {
+  for (int64_t j = c0; j < c1; j += kLanes) {
+    Vec sum = {};
+    with_dtype(a.dtype, [&](auto* type) {
+      const auto* p = static_cast<decltype(type)>(a.data) + j;
+      for (int64_t i = 0; i < rows; ++i) sum += load_partial(p + i * a.row_stride, c1 - j);
+    });
+    with_dtype(out_dtype, [&](auto* type) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      store_partial(static_cast<T*>(out) + j, sum, c1 - j);
+    });
+  }
+}
+
+inline void to_float(const MatrixView& src, int64_t rows, int64_t cols, float* dst,
+                     int64_t dst_stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    stage_a_float(src, MaskView{}, i, 1, 0, cols, dst + i * dst_stride);
+}
+
+constexpr KernelTable kTable = {
+    kPanel,       tile_rows(kMaxVecs), FUSED_PEFT_BF16_DOT != 0, Scratch::kBytes, gemm_block,
+    decode_block, dropout_row,         transpose,                column_sum,      to_float,
+};
+
+}  // namespace fused_peft::cpu::FUSED_PEFT_ISA

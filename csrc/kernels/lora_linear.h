@@ -1,0 +1,95 @@
+// Fused LoRA linear layer: parameters and launchers. Plain structs, no framework, no exceptions.
+//
+//   s = scaling * drop(x) lora_a^T                    [M, R]  float
+//   y = x weight^T + s lora_b^T + bias                [M, N]
+//
+//   ds      = scaling / (1 - p) * dy lora_b           [M, R]  float
+//   dx      = dy weight + keep * (ds lora_a)          [M, K]
+//   dlora_a = ds^T (keep * x)                         [R, K]
+//   dlora_b = dy^T s                                  [N, R]
+//   dbias   = sum over M of dy                        [N]
+//
+// keep is the dropout mask, drop(x) = keep * x / (1 - p). The weight is frozen: its gradient is
+// never formed. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_peft {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+enum class Status : int32_t {
+  kOk = 0,
+  kUnsupported,  // no kernel covers this problem; the caller falls back
+  kOutOfMemory,  // the workspace could not be allocated; no output was completed
+};
+
+// A view of a matrix: element (i, j) lies at data + i * row_stride + j * col_stride elements.
+struct MatrixView {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+  DType dtype = DType::kFloat32;
+
+  MatrixView transposed() const { return {data, col_stride, row_stride, dtype}; }
+};
+
+// Runs fn(context, task) for every task in [0, num_tasks), in any order, on up to num_threads
+// threads, and returns when all are done. Results never depend on which thread runs a task.
+struct ParallelFor {
+  using Task = void (*)(void* context, int64_t task);
+  void (*run)(int64_t num_tasks, Task fn, void* context) = nullptr;
+  int num_threads = 1;
+};
+
+struct LoraLinearParams {
+  int64_t m = 0, n = 0, k = 0, r = 0;
+  MatrixView x;       // [M, K], col_stride 1
+  MatrixView weight;  // [N, K], one of the strides is 1
+  MatrixView lora_a;  // [R, K], col_stride 1
+  MatrixView lora_b;  // [N, R], col_stride 1
+  MatrixView bias;    // [1, N], data is null without a bias
+  float scaling = 1.0F;
+  float dropout_p = 0.0F;
+  uint64_t seed = 0;
+};
+
+struct LoraLinearForward {
+  LoraLinearParams problem;
+  float* s = nullptr;        // [M, R] contiguous, out
+  void* y = nullptr;         // [M, N], out, x's dtype
+  int64_t y_row_stride = 0;
+};
+
+// A null output is not computed.
+struct LoraLinearBackward {
+  LoraLinearParams problem;
+  MatrixView dy;              // [M, N], col_stride 1, x's dtype
+  const float* s = nullptr;   // [M, R] contiguous, from the forward pass
+  void* dx = nullptr;         // [M, K] contiguous, x's dtype
+  void* dlora_a = nullptr;    // [R, K] contiguous, lora_a's dtype
+  void* dlora_b = nullptr;    // [N, R] contiguous, lora_b's dtype
+  void* dbias = nullptr;      // [N] contiguous, bias's dtype
+};
+
+namespace cpu {
+
+// Instruction sets from the least to the most demanding.
+enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr int kNumIsa = 4;
+
+const char* isa_name(Isa isa);
+bool isa_available(Isa isa);  // compiled in, and this processor has it
+Isa best_isa();               // the most demanding available one
+
+// Largest rank with a kernel; see csrc/kernels/cpu/gemm_impl.h for what bounds it.
+constexpr int64_t kMaxRank = 512;
+
+Status lora_linear_forward(const LoraLinearForward& args, Isa isa, const ParallelFor& parallel);
+Status lora_linear_backward(const LoraLinearBackward& args, Isa isa, const ParallelFor& parallel);
+
+}  // namespace cpu
+}  // namespace fused_peft
