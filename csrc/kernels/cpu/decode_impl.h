@@ -112,6 +112,7 @@ template <class Dot, class X, class W>
 void decode_columns(const Decode& d, int64_t n0, int64_t n1) {
   const int64_t tiles = (d.m + kDotRows - 1) / kDotRows;
   float c[kDecodeRows * kLanes];
+  float bias[kLanes];
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t end = n1 - n < kLanes ? n1 : n + kLanes;
     for (int64_t group = n; group < end; group += kDotCols) {
@@ -122,7 +123,8 @@ void decode_columns(const Decode& d, int64_t n0, int64_t n1) {
         dot_rows<Dot, X, W>(d, m0, rows, group, cols, c + m0 * kLanes + (group - n), kLanes);
       }
     }
-    write_tile(d.epilogue, c, kLanes, 0, d.m, n, end - n);
+    load_bias(d.epilogue.bias, n, end - n, bias);
+    write_tile(d.epilogue, c, kLanes, bias, 0, d.m, n, end - n);
   }
 }
 

@@ -4,32 +4,36 @@
 // (microkernel_impl.h). The low-rank tail goes into the accumulators first, through the same
 // register tile, so the result is rounded once. Every element of C is computed by one thread in an
 // order that does not depend on the number of threads.
-#include <type_traits>
-
 #include "kernels/cpu/pack_impl.h"
 
 namespace fused_peft::cpu::FUSED_PEFT_ISA {
 
-// Steps of a k block: the packed panel then takes kBlockSteps * kPanel * 4 bytes of the L2 cache.
-constexpr int64_t kBlockSteps = 1024;
+// Steps of a k block; its packed panel takes steps * kPanel * 4 bytes of the L2 cache. Floats take
+// shorter blocks, because each block is summed from zero and long float sums lose accuracy.
+constexpr int64_t kPairSteps = 1024;
+constexpr int64_t kFloatSteps = 256;
+constexpr int64_t kBlockSteps = kPairSteps > kFloatSteps ? kPairSteps : kFloatSteps;
 
 struct Scratch {
-  float* b;     // [kBlockSteps, kPanel]
-  float* up;    // [kMaxRank, kPanel]
-  float* c;     // [kMaxBlockRows, kPanel]
-  char* a;      // [kMaxTileRows, kBlockSteps] steps of 4 bytes
-
   static constexpr int64_t kBytesB = kBlockSteps * kPanel * 4;
   static constexpr int64_t kBytesUp = kMaxRank * kPanel * 4;
   static constexpr int64_t kBytesC = kMaxBlockRows * kPanel * 4;
   static constexpr int64_t kBytesA = kMaxTileRows * kBlockSteps * 4;
-  static constexpr int64_t kBytes = kBytesB + kBytesUp + kBytesC + kBytesA;
+  static constexpr int64_t kBytesS = kMaxBlockRows * kMaxRank * 2;
+  static constexpr int64_t kBytes = kBytesB + kBytesUp + kBytesC + kBytesA + kBytesS;
+
+  float* b;     // [kBlockSteps, kPanel]
+  float* up;    // [kMaxRank, kPanel]
+  float* c;     // [kMaxBlockRows, kPanel]
+  char* a;      // [kMaxTileRows, kBlockSteps] steps of 4 bytes
+  BFloat16* s;  // [kMaxBlockRows, kMaxRank]
 
   explicit Scratch(char* memory)
       : b(reinterpret_cast<float*>(memory)),
         up(reinterpret_cast<float*>(memory + kBytesB)),
         c(reinterpret_cast<float*>(memory + kBytesB + kBytesUp)),
-        a(memory + kBytesB + kBytesUp + kBytesC) {}
+        a(memory + kBytesB + kBytesUp + kBytesC),
+        s(reinterpret_cast<BFloat16*>(memory + kBytesB + kBytesUp + kBytesC + kBytesA)) {}
 };
 
 inline bool multiplies_pairs(const Gemm& g) {
@@ -71,46 +75,72 @@ inline RowsOfA rows_of_a(const Gemm& g, bool pairs, int64_t m0, int64_t rows, in
   return {staged, k_size * 4};
 }
 
-// A tile of C from its float sums c[rows, ldc].
+// A tile of C from its float sums c[rows, ldc]; bias holds the columns' biases as floats.
 template <class T>
-void write_tile_as(const Epilogue& e, const float* c, int64_t ldc, int64_t m0, int64_t rows,
-                   int64_t n0, int64_t cols) {
+void write_tile_as(const Epilogue& e, const float* c, int64_t ldc, const float* bias, int64_t m0,
+                   int64_t rows, int64_t n0, int64_t cols) {
   T* out = static_cast<T*>(e.out) + m0 * e.row_stride + n0 * e.col_stride;
   const Vec scale = broadcast(e.scale);
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    Vec bias = {};
-    if (e.bias.data)
-      with_dtype(e.bias.dtype, [&](auto* type) {
-        bias = load_partial(static_cast<decltype(type)>(e.bias.data) + n0 + j, cols - j);
-      });
-    for (int64_t i = 0; i < rows; ++i) {
-      const Vec v = load(c + i * ldc + j) * scale + bias;
-      if (e.col_stride == 1) {
-        store_partial(out + i * e.row_stride + j, v, cols - j);
-      } else {
-        T lanes[kLanes];
-        store(lanes, v);
-        const int64_t count = cols - j < kLanes ? cols - j : kLanes;
-        for (int64_t l = 0; l < count; ++l)
-          out[i * e.row_stride + (j + l) * e.col_stride] = lanes[l];
-      }
+  const int64_t full = e.col_stride == 1 ? cols / kLanes * kLanes : 0;
+  for (int64_t i = 0; i < rows; ++i, c += ldc, out += e.row_stride) {
+    int64_t j = 0;
+    for (; j < full; j += kLanes) store(out + j, load(c + j) * scale + load(bias + j));
+    for (; j < cols; j += kLanes) {
+      T lanes[kLanes];
+      store(lanes, load(c + j) * scale + load(bias + j));
+      const int64_t count = cols - j < kLanes ? cols - j : kLanes;
+      for (int64_t l = 0; l < count; ++l) out[(j + l) * e.col_stride] = lanes[l];
     }
   }
 }
 
-inline void write_tile(const Epilogue& e, const float* c, int64_t ldc, int64_t m0, int64_t rows,
-                       int64_t n0, int64_t cols) {
+inline void write_tile(const Epilogue& e, const float* c, int64_t ldc, const float* bias,
+                       int64_t m0, int64_t rows, int64_t n0, int64_t cols) {
   with_dtype(e.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    write_tile_as<T>(e, c, ldc, m0, rows, n0, cols);
+    write_tile_as<T>(e, c, ldc, bias, m0, rows, n0, cols);
   });
 }
 
-inline void low_rank_tail(const Gemm& g, const float* up, int64_t m0, int64_t rows, int64_t n0,
-                          int vecs, float* c) {
-  const auto* s = reinterpret_cast<const char*>(g.s + m0 * g.r);
-  kernel_for(false, static_cast<int>(rows), vecs)(s, g.r * 4, up, g.r, c, kPanel, false);
-  if (!g.tail_mask.bits) return;
+// Biases of columns [n0, n0 + cols) as floats, zero without one and up to a whole vector.
+inline void load_bias(const MatrixView& bias, int64_t n0, int64_t cols, float* out) {
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    Vec v = {};
+    if (bias.data)
+      with_dtype(bias.dtype, [&](auto* type) {
+        v = load_partial(static_cast<decltype(type)>(bias.data) + n0 + j, cols - j);
+      });
+    store(out + j, v);
+  }
+}
+
+// The register tiles of one panel: for the full tile, and for the rows that are left at the end.
+struct TileKernels {
+  MicroKernel full, rest;
+  int64_t full_rows;
+
+  TileKernels(bool pairs, int64_t rows, int vecs)
+      : full(kernel_for(pairs, tile_rows(vecs), vecs)),
+        rest(kernel_for(pairs, static_cast<int>(rows % tile_rows(vecs)), vecs)),
+        full_rows(tile_rows(vecs)) {}
+  MicroKernel operator()(int64_t rows) const { return rows == full_rows ? full : rest; }
+};
+
+// Rows [m0, m1) of s in what multiplies the packed up: floats in place, or bfloat16 pairs, zero
+// after an odd rank. As in a bfloat16 model, a bfloat16 adapter multiplies an s rounded to bfloat16.
+inline RowsOfA rows_of_s(const Gemm& g, bool pairs, int64_t m0, int64_t m1, BFloat16* staged) {
+  const float* s = g.s + m0 * g.r;
+  if (!pairs) return {reinterpret_cast<const char*>(s), g.r * 4};
+  const int64_t ld = (g.r + 1) / 2 * 2;
+  BFloat16* out = staged;
+  for (int64_t m = m0; m < m1; ++m, s += g.r, out += ld)
+    for (int64_t k = 0; k < ld; k += kLanes)
+      store_partial(out + k, load_partial(s + k, g.r - k), ld - k);
+  return {reinterpret_cast<const char*>(staged), ld * 2};
+}
+
+inline void apply_tail_mask(const Gemm& g, int64_t m0, int64_t rows, int64_t n0, int vecs,
+                            float* c) {
   for (int64_t i = 0; i < rows; ++i) {
     const uint64_t* bits = g.tail_mask.bits + (m0 + i) * g.tail_mask.row_words;
     for (int j = 0; j < vecs; ++j) {
@@ -120,37 +150,90 @@ inline void low_rank_tail(const Gemm& g, const float* up, int64_t m0, int64_t ro
   }
 }
 
-// Rows [m0, m1) of one panel for one k block. The block's first step starts C, its last writes it.
-inline void panel_block(const Gemm& g, const Scratch& scratch, bool pairs, int64_t m0, int64_t m1,
-                        int64_t n0, int64_t cols, int64_t k0, int64_t k_size) {
+// Columns [n0, n0 + cols) and steps of k [k0, k0 + k_size) of B, packed together.
+struct Block {
+  int64_t n0, cols, k0, k_size;
+};
+
+// What every block of a task shares.
+struct TaskContext {
+  const Gemm& g;
+  Scratch scratch;
+  int64_t m0, m1;
+  bool pairs, tail_pairs;
+  RowsOfA s;
+};
+
+// Rows [m0, m1) of one panel for one k block. The first block of k starts C, the last writes it.
+inline void panel_block(const TaskContext& task, const Block& block, const Block& next) {
+  const Gemm& g = task.g;
+  const Scratch& scratch = task.scratch;
+  const auto [n0, cols, k0, k_size] = block;
   const int vecs = static_cast<int>((cols + kLanes - 1) / kLanes);
-  const int64_t steps = pairs ? (k_size + 1) / 2 : k_size;
   const bool first = k0 == 0;
   const bool last = k0 + k_size == g.k;
   const bool tail = first && g.r > 0;
-  pack_b(g.b, g.b_mask, k0, k_size, n0, cols, vecs, pairs, scratch.b);
-  if (tail) pack_b(g.up, MaskView{}, 0, g.r, n0, cols, vecs, false, scratch.up);
-  for (int64_t m = m0; m < m1; m += tile_rows(vecs)) {
-    const int64_t rows = m1 - m < tile_rows(vecs) ? m1 - m : tile_rows(vecs);
-    // A tile that one k block completes stays in the L1 cache; others wait in their own rows.
-    float* c = first && last ? scratch.c : scratch.c + (m - m0) * kPanel;
-    if (tail) low_rank_tail(g, scratch.up, m, rows, n0, vecs, c);
-    const RowsOfA a = rows_of_a(g, pairs, m, rows, k0, k_size, scratch.a);
-    kernel_for(pairs, static_cast<int>(rows), vecs)(a.data, a.stride_bytes, scratch.b, steps, c,
-                                                    kPanel, tail || !first);
-    if (last) write_tile(g.epilogue, c, kPanel, m, rows, n0, cols);
+  const TileKernels kernels(task.pairs, task.m1 - task.m0, vecs);
+  pack_b(g.b, g.b_mask, k0, k_size, n0, cols, vecs, task.pairs, scratch.b);
+  if (tail) pack_b(g.up, MaskView{}, 0, g.r, n0, cols, vecs, task.tail_pairs, scratch.up);
+  float bias[kPanel];
+  load_bias(g.epilogue.bias, n0, cols, bias);
+  // Tiles that one k block completes go from the registers to the output.
+  const bool direct = first && last && cols == vecs * kLanes && g.epilogue.col_stride == 1;
+  BlockPrefetch prefetch(g.b, next.k0, next.k_size, next.n0, next.cols,
+                         (task.m1 - task.m0) / kernels.full_rows + 1);
+  TileArgs args{};
+  args.b = scratch.b;
+  args.up = scratch.up;
+  args.lds = task.s.stride_bytes;
+  args.tail_pairs = task.tail_pairs;
+  args.out_stride = g.epilogue.row_stride;
+  args.out_dtype = g.epilogue.dtype;
+  args.scale = g.epilogue.scale;
+  args.bias = bias;
+  const int64_t steps = task.pairs ? (k_size + 1) / 2 : k_size;
+  const int64_t tail_steps = tail ? (task.tail_pairs ? (g.r + 1) / 2 : g.r) : 0;
+  for (int64_t m = task.m0; m < task.m1; m += kernels.full_rows) {
+    const int64_t rows = task.m1 - m < kernels.full_rows ? task.m1 - m : kernels.full_rows;
+    prefetch.next_share();
+    args.c = first && last ? scratch.c : scratch.c + (m - task.m0) * kPanel;
+    args.s = task.s.data + (m - task.m0) * task.s.stride_bytes;
+    args.accumulate = !first;
+    args.tail_steps = tail_steps;
+    if (tail && g.tail_mask.bits) {  // the mask falls between the two sums
+      args.steps = 0;
+      kernels(rows)(args);
+      apply_tail_mask(g, m, rows, n0, vecs, args.c);
+      args.accumulate = true;
+      args.tail_steps = 0;
+    }
+    const RowsOfA a = rows_of_a(g, task.pairs, m, rows, k0, k_size, scratch.a);
+    args.a = a.data;
+    args.lda = a.stride_bytes;
+    args.steps = steps;
+    if (direct && !args.accumulate)
+      args.out = static_cast<char*>(g.epilogue.out) +
+                 (m * g.epilogue.row_stride + n0) * element_size(g.epilogue.dtype);
+    kernels(rows)(args);
+    if (last && !args.out) write_tile(g.epilogue, args.c, kPanel, bias, m, rows, n0, cols);
   }
 }
 
 inline void gemm_block(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                        char* memory) {
-  const Scratch scratch(memory);
-  const bool pairs = multiplies_pairs(g);
-  const int64_t k_block = pairs ? 2 * kBlockSteps : kBlockSteps;
-  for (int64_t n = n0; n < n1; n += kPanel) {
-    const int64_t cols = n1 - n < kPanel ? n1 - n : kPanel;
-    for (int64_t k = 0; k < g.k; k += k_block)
-      panel_block(g, scratch, pairs, m0, m1, n, cols, k, g.k - k < k_block ? g.k - k : k_block);
+  TaskContext task{g, Scratch(memory), m0, m1, multiplies_pairs(g), false, {}};
+  task.tail_pairs = task.pairs && g.up.dtype == DType::kBFloat16;
+  if (g.r > 0) task.s = rows_of_s(g, task.tail_pairs, m0, m1, task.scratch.s);
+  const int64_t k_block = task.pairs ? 2 * kPairSteps : kFloatSteps;
+  const auto block_at = [&](int64_t n, int64_t k) {
+    return Block{n, n1 - n < kPanel ? n1 - n : kPanel, k, g.k - k < k_block ? g.k - k : k_block};
+  };
+  Block block = block_at(n0, 0);
+  while (block.cols > 0) {
+    Block next = block_at(block.n0, block.k0 + k_block);
+    if (next.k_size <= 0) next = block_at(block.n0 + kPanel, 0);
+    panel_block(task, block, next);
+    block = next;
   }
 }
 

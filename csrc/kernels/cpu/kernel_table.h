@@ -63,7 +63,7 @@ struct KernelTable {
   // dst[j * dst_stride + i] = src[i * src_stride + j]
   void (*transpose)(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float* dst,
                     int64_t dst_stride);
-  // sums[j] = sum over i of a(i, j), in row order
+  // out[j] = sum over i of a(i, j), in a fixed order
   void (*column_sum)(const MatrixView& a, int64_t rows, int64_t c0, int64_t c1, void* out,
                      DType out_dtype);
   // dst[i * dst_stride + j] = float(src(i, j)), src.col_stride 1

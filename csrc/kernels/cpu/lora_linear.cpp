@@ -98,42 +98,43 @@ bool make_mask(const LoraLinearParams& p, const KernelTable& table, const Parall
 
 // ---- the pair of products: s, then the product that consumes it ---------------------------------
 
+// How the blocks of C go to tasks: row_parts x col_parts of them, each in blocks of rows.
 struct Grid {
-  int64_t block_rows;  // rows of a task, <= kMaxBlockRows
-  int64_t row_blocks;
-  int64_t block_cols;  // columns of a task, a multiple of the panel
-  int64_t col_blocks;
+  int64_t row_parts, part_rows;
+  int64_t col_parts, part_cols;  // part_cols is a multiple of the panel
 };
 
-// Rows that hide the packing of a panel: at 128 rows packing takes about 3 % of a block's time
-// (benchmarks/bench_lora_linear.py, M swept).
-constexpr int64_t kRowsThatHidePacking = 128;
+// Measured on Zen 5 (benchmarks/bench_lora_linear.py), in units of the time that one row of C takes
+// for one element of the weight: packing the element once, and meeting at a barrier.
+constexpr double kPackRows = 8.0;
+constexpr double kBarrier = 6.0e5;
 
-Grid choose_grid(int64_t m, int64_t n, int threads, const KernelTable& table) {
+// The split of C with the least time for the slowest thread. Splitting the columns packs every panel
+// once but needs all of s before it starts; splitting the rows packs panels once a part.
+Grid choose_grid(int64_t m, int64_t n, int64_t k, int threads, const KernelTable& table) {
   const int64_t panels = ceil_div(n, table.panel);
-  Grid grid{};
-  // Split by rows while each block still hides the packing; a row block needs no other's s.
-  const int64_t blocks = round_up(ceil_div(m, kMaxBlockRows), threads);
-  grid.block_rows = std::min(kMaxBlockRows, round_up(ceil_div(m, blocks), table.row_tile));
-  if (blocks == 1 || grid.block_rows >= kRowsThatHidePacking) {
-    grid.row_blocks = ceil_div(m, grid.block_rows);
-    grid.block_cols = panels * table.panel;
-    grid.col_blocks = 1;
-    return grid;
+  Grid best{};
+  double best_cost = 0.0;
+  for (int64_t col_parts = 1; col_parts <= std::min<int64_t>(threads, panels); ++col_parts) {
+    const int64_t row_parts = std::max<int64_t>(1, threads / col_parts);
+    const int64_t rows = round_up(ceil_div(m, row_parts), table.row_tile);
+    const int64_t cols = ceil_div(panels, col_parts) * table.panel;
+    const auto packed = static_cast<double>(ceil_div(rows, kMaxBlockRows)) * kPackRows;
+    const double cost = static_cast<double>(cols * k) * (static_cast<double>(rows) + packed) +
+                        (col_parts > 1 ? kBarrier : 0.0);
+    if (best.row_parts == 0 || cost < best_cost) {
+      best = {ceil_div(m, rows), rows, ceil_div(n, cols), cols};
+      best_cost = cost;
+    }
   }
-  grid.row_blocks = ceil_div(m, kMaxBlockRows);
-  grid.block_rows = std::min(kMaxBlockRows, round_up(ceil_div(m, grid.row_blocks), table.row_tile));
-  const int64_t wanted = std::min(panels, round_up(threads, grid.row_blocks) / grid.row_blocks);
-  grid.block_cols = ceil_div(panels, wanted) * table.panel;
-  grid.col_blocks = ceil_div(n, grid.block_cols);
-  return grid;
+  return best;
 }
 
 // Runs down (null: s is there already), then main, whose low-rank tail reads down's output.
 bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
                   const ParallelFor& parallel) {
-  const Grid grid = choose_grid(main.m, main.n, parallel.num_threads, table);
-  const bool fuse = grid.col_blocks == 1;
+  const Grid grid = choose_grid(main.m, main.n, main.k, parallel.num_threads, table);
+  const bool fuse = grid.col_parts == 1;
   if (down && !fuse) {
     const int64_t rows = std::min(
         kMaxBlockRows, round_up(ceil_div(down->m, parallel.num_threads), table.row_tile));
@@ -143,14 +144,17 @@ bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
     if (!for_each_task(table, parallel, ceil_div(down->m, rows), task)) return false;
   }
   const auto task = [&](int64_t i, char* scratch) {
-    const int64_t m0 = i / grid.col_blocks * grid.block_rows;
-    const int64_t n0 = i % grid.col_blocks * grid.block_cols;
-    const int64_t m1 = std::min(main.m, m0 + grid.block_rows);
-    const int64_t n1 = std::min(main.n, n0 + grid.block_cols);
-    if (down && fuse) table.gemm_block(*down, m0, m1, 0, down->n, scratch);
-    table.gemm_block(main, m0, m1, n0, n1, scratch);
+    const int64_t first_row = i / grid.col_parts * grid.part_rows;
+    const int64_t last_row = std::min(main.m, first_row + grid.part_rows);
+    const int64_t n0 = i % grid.col_parts * grid.part_cols;
+    const int64_t n1 = std::min(main.n, n0 + grid.part_cols);
+    for (int64_t m0 = first_row; m0 < last_row; m0 += kMaxBlockRows) {
+      const int64_t m1 = std::min(last_row, m0 + kMaxBlockRows);
+      if (down && fuse) table.gemm_block(*down, m0, m1, 0, down->n, scratch);
+      table.gemm_block(main, m0, m1, n0, n1, scratch);
+    }
   };
-  return for_each_task(table, parallel, grid.row_blocks * grid.col_blocks, task);
+  return for_each_task(table, parallel, grid.row_parts * grid.col_parts, task);
 }
 
 Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskView& mask,
@@ -340,7 +344,7 @@ Status lora_linear_backward(const LoraLinearBackward& args, Isa isa, const Paral
     main.epilogue = {1.0F, {}, args.dx, p.x.dtype, p.k, 1};
     if (!run_products(&down, main, table, parallel)) return Status::kOutOfMemory;
   } else if (args.dlora_a) {
-    if (!run_products(nullptr, down, table, parallel)) return Status::kOutOfMemory;
+    if (!run_products(nullptr, down, table, parallel)) return Status::kOutOfMemory;  // ds alone
   }
   AdapterGradient grad_a, grad_b;
   if (args.dlora_a && !prepare_gradient(p, table, ds.get(), p.x, mask.view, p.k, args.dlora_a,

@@ -1,6 +1,8 @@
 // The register tile: C[rows, vecs * kLanes] (+)= A B over packed B, kept in registers for the whole
 // k block. Two ways to multiply, the same data movement: a step is 4 bytes of A and one packed row
 // of B, which is one k of floats or a pair of k of bfloat16.
+#include <type_traits>
+
 #include "kernels/cpu/simd_impl.h"
 
 namespace fused_peft::cpu::FUSED_PEFT_ISA {
@@ -45,19 +47,35 @@ struct MultiplyBf16Pairs {
 };
 #endif
 
-// a: first row, rows lda bytes apart; b: [steps, kVecs * kLanes] packed; c: [kRows, ldc] floats.
-using MicroKernel = void (*)(const char* a, int64_t lda, const float* b, int64_t steps, float* c,
-                             int64_t ldc, bool accumulate);
+// One register tile: sums = s up + a b, then either c (+)= sums, or out = scale * sums + bias.
+struct TileArgs {
+  const char* a;  // rows lda bytes apart, read 4 bytes a step
+  int64_t lda;
+  const float* b;  // [steps, kVecs * kLanes] packed
+  int64_t steps;
+
+  const char* s;  // rows lds bytes apart; floats, or bfloat16 pairs
+  int64_t lds;
+  const float* up;  // [tail_steps, kVecs * kLanes] packed
+  int64_t tail_steps;
+  bool tail_pairs;
+
+  float* c;  // rows kPanel floats apart
+  bool accumulate;
+
+  void* out;  // null: to c; else rows out_stride elements apart, whole vectors
+  int64_t out_stride;
+  DType out_dtype;
+  float scale;
+  const float* bias;
+};
+
+using MicroKernel = void (*)(const TileArgs& args);
 
 template <class Multiply, int kRows, int kVecs>
-void micro_kernel(const char* a, int64_t lda, const float* b, int64_t steps, float* c, int64_t ldc,
-                  bool accumulate) {
-  Vec acc[kRows][kVecs];
-#pragma GCC unroll 24
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
-  for (int64_t step = 0; step < steps; ++step) {
+inline void multiply_steps(const char* a, int64_t lda, const float* b, int64_t steps,
+                           Vec (&acc)[kRows][kVecs]) {
+  for (int64_t step = 0; step < steps; ++step, a += 4, b += kVecs * kLanes) {
     Vec columns[kVecs];
 #pragma GCC unroll 3
     for (int j = 0; j < kVecs; ++j) columns[j] = load(b + j * kLanes);
@@ -67,8 +85,40 @@ void micro_kernel(const char* a, int64_t lda, const float* b, int64_t steps, flo
 #pragma GCC unroll 3
       for (int j = 0; j < kVecs; ++j) acc[i][j] = Multiply::fma(row, columns[j], acc[i][j]);
     }
-    a += 4;
-    b += kVecs * kLanes;
+  }
+}
+
+template <class T, int kRows, int kVecs>
+inline void write_registers(const TileArgs& args, const Vec (&acc)[kRows][kVecs]) {
+  T* out = static_cast<T*>(args.out);
+  const Vec scale = broadcast(args.scale);
+  Vec bias[kVecs];
+#pragma GCC unroll 3
+  for (int j = 0; j < kVecs; ++j) bias[j] = load(args.bias + j * kLanes);
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j)
+      store(out + i * args.out_stride + j * kLanes, acc[i][j] * scale + bias[j]);
+}
+
+template <class Multiply, int kRows, int kVecs>
+void micro_kernel(const TileArgs& args) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
+  if (args.tail_pairs)
+    multiply_steps<Multiply>(args.s, args.lds, args.up, args.tail_steps, acc);
+  else
+    multiply_steps<MultiplyFloat>(args.s, args.lds, args.up, args.tail_steps, acc);
+  multiply_steps<Multiply>(args.a, args.lda, args.b, args.steps, acc);
+  if (args.out) {
+    with_dtype(args.out_dtype, [&](auto* type) {
+      write_registers<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(args, acc);
+    });
+    return;
   }
   // A k block sums from zero and is added once: blockwise summation keeps the error of long sums
   // down and costs one pass over C.
@@ -76,12 +126,12 @@ void micro_kernel(const char* a, int64_t lda, const float* b, int64_t steps, flo
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < kVecs; ++j) {
-      float* to = c + i * ldc + j * kLanes;
-      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+      float* to = args.c + i * kPanel + j * kLanes;
+      store(to, args.accumulate ? load(to) + acc[i][j] : acc[i][j]);
     }
 }
 
-// The kernel for a tile of 1 <= rows <= tile_rows(vecs): found by walking the template arguments.
+// The kernel for a tile of 1 <= rows < tile_rows(vecs), the full one for any other number: found by walking the template arguments.
 template <class Multiply, int kVecs, int kRows = 1>
 MicroKernel micro_kernel_for_rows(int rows) {
   if constexpr (kRows == tile_rows(kVecs)) {

@@ -25,11 +25,14 @@ template <class T>
 void pack_columns_float(const T* b, int64_t ld, int64_t steps, int64_t cols, int vecs, float* out) {
   for (int64_t k = 0; k < steps; k += kLanes) {
     for (int j = 0; j < vecs; ++j) {
+      const T* from = b + j * kLanes * ld + k;
       Vec block[kLanes];
+      if (cols - j * kLanes >= kLanes && steps - k >= kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t column = j * kLanes + i;
-        block[i] = column < cols ? load_partial(b + column * ld + k, steps - k) : Vec{};
+        for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * ld);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = j * kLanes + i < cols ? load_partial(from + i * ld, steps - k) : Vec{};
       }
       transpose_block(block);
       const int64_t filled = steps - k < kLanes ? steps - k : kLanes;
@@ -74,11 +77,14 @@ inline void pack_columns_pairs(const BFloat16* b, int64_t ld, int64_t k_size, in
   for (int64_t step = 0; step < steps; step += kLanes) {
     const int64_t k = 2 * step;
     for (int j = 0; j < vecs; ++j) {
+      const BFloat16* from = b + j * kLanes * ld + k;
       Vec block[kLanes];
+      if (cols - j * kLanes >= kLanes && k_size - k >= 2 * kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t column = j * kLanes + i;
-        block[i] = column < cols ? load_pairs_partial(b + column * ld + k, k_size - k) : Vec{};
+        for (int i = 0; i < kLanes; ++i) block[i] = load_bits<Vec>(from + i * ld);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = j * kLanes + i < cols ? load_pairs_partial(from + i * ld, k_size - k) : Vec{};
       }
       transpose_block(block);
       const int64_t filled = steps - step < kLanes ? steps - step : kLanes;
@@ -113,6 +119,39 @@ inline void pack_b(const MatrixView& b, const MaskView& mask, int64_t k0, int64_
       pack_columns_float(p, b.col_stride, k_size, cols, vecs, out);
   });
 }
+
+// Brings a block of B that will be packed next into the L2 cache, a share with every register tile:
+// rows of a large weight are far apart, which no hardware prefetcher follows.
+class BlockPrefetch {
+ public:
+  BlockPrefetch() = default;
+  BlockPrefetch(const MatrixView& b, int64_t k0, int64_t k_size, int64_t n0, int64_t cols,
+                int64_t shares) {
+    const bool along_n = b.col_stride == 1;
+    const int64_t size = element_size(b.dtype);
+    data_ = static_cast<const char*>(b.data) + (k0 * b.row_stride + n0 * b.col_stride) * size;
+    run_stride_ = (along_n ? b.row_stride : b.col_stride) * size;
+    lines_of_run_ = ((along_n ? cols : k_size) * size + kLineBytes - 1) / kLineBytes;
+    lines_ = lines_of_run_ * (along_n ? k_size : cols);
+    share_ = (lines_ + shares - 1) / shares;
+  }
+
+  void next_share() {
+    for (int64_t end = lines_ < share_ ? 0 : lines_ - share_; lines_ > end; --lines_) {
+      __builtin_prefetch(data_ + line_ * kLineBytes, 0, 2);
+      if (++line_ == lines_of_run_) {
+        line_ = 0;
+        data_ += run_stride_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  const char* data_ = nullptr;
+  int64_t run_stride_ = 0, lines_of_run_ = 1, line_ = 0;
+  int64_t lines_ = 0, share_ = 0;
+};
 
 // ---- rows of A ---------------------------------------------------------------------------------
 
