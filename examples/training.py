@@ -1,0 +1,385 @@
+"""Fine-tuning of an adapter: batches, loss, schedule, and a loop that can be interrupted.
+
+Everything that decides the final weights is a function of :class:`Settings`, the data and the step
+number, or is saved by :meth:`Trainer.save`: a resumed run ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from docstring_data import Corpus, Example, InputError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_GRADIENT_NORM = 1.0
+BETAS = (0.9, 0.99)
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the final weights; ``model`` is a name and ``data`` a fingerprint."""
+
+    model: str
+    data: str
+    method: str
+    rank: int
+    alpha: int
+    dropout: float
+    learning_rate: float
+    warmup_steps: int
+    steps: int
+    batch_tokens: int
+    max_length: int
+    held_out: float
+    seed: int
+    dtype: str
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero at ``steps``."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example's tokens; the first ``prompt_length`` carry no loss."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right to one length."""
+
+    ids: Tensor
+    """``[B, T]`` int64."""
+    predicts: Tensor
+    """``[B, T]`` bool: where the next token is one to learn."""
+    targets: Tensor
+    """``[n]`` int64: those next tokens, in row-major order."""
+    tokens: int
+    """How many of ``ids`` are not padding."""
+
+
+def encode(corpus: Corpus, examples: list[Example], tokenizer: Any, limit: int) -> list[Encoded]:
+    """Tokenises prompt and completion apart, so that no token straddles the two.
+
+    An example over ``limit`` tokens is cut there.
+
+    Raises:
+        InputError: a prompt leaves no room for a token to learn; names the example.
+    """
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)[
+        "input_ids"
+    ]
+    closing = [tokenizer.eos_token_id] if corpus.end is None else []
+    encoded = []
+    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        ids = (prompt + completion + closing)[:limit]
+        # The first token of all has nothing before it to be predicted from.
+        if len(ids) <= max(1, len(prompt)):
+            raise InputError(
+                f"{example.origin}: {len(prompt)} prompt and {len(completion)} completion tokens "
+                f"leave none to learn within --max-length {limit}"
+            )
+        encoded.append(Encoded(ids, len(prompt)))
+    return encoded
+
+
+def collate(rows: list[Encoded]) -> Batch:
+    """One batch of ``rows``, padded on the right with token 0, which nothing attends to."""
+    length = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    predicts = torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        predicts[index, max(0, row.prompt_length - 1) : len(row.ids) - 1] = True
+    targets = ids.roll(-1, dims=1)[predicts]
+    return Batch(ids, predicts, targets, sum(len(row.ids) for row in rows))
+
+
+def batches_by_length(lengths: list[int], batch_tokens: int, order: Tensor) -> list[list[int]]:
+    """Indices of rows of like length, at most ``batch_tokens`` a batch with its padding.
+
+    ``order`` [n] decides which rows of equal length meet: a random one mixes them anew each epoch.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(order.tolist(), key=lambda row: lengths[row]):
+        # Rows come shortest first, so this one sets the width of the batch it joins.
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def epoch_batches(rows: list[Encoded], settings: Settings, epoch: int) -> list[list[int]]:
+    """The batches of an epoch in a random order that depends on the seed and the epoch alone."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(rows), generator=generator)
+    batches = batches_by_length([len(row.ids) for row in rows], settings.batch_tokens, order)
+    shuffle = torch.randperm(len(batches), generator=generator)
+    return [batches[index] for index in shuffle.tolist()]
+
+
+# ---------------------------------------------------------------------------------- loss
+
+
+def completion_losses(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy ``[n]`` float32 of each target of the batch.
+
+    The output head sees only the positions that predict a target: it is the widest matrix by far
+    and prompt tokens need no logits. No attention mask is passed: under causal attention a real
+    token never sees the padding to its right, and without a mask the faster attention runs.
+    """
+
+    def keep_predicting(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][batch.predicts],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_predicting)
+    try:
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: list[Encoded], batch_tokens: int) -> float:
+    """Mean cross-entropy a completion token, in nats, with dropout off."""
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for indices in batches_by_length(
+        [len(row.ids) for row in rows], batch_tokens, torch.arange(len(rows))
+    ):
+        losses = completion_losses(model, collate([rows[index] for index in indices]))
+        total += losses.sum(dtype=torch.float64)
+        count += losses.numel()
+    return total.item() / count
+
+
+# ---------------------------------------------------------------------- interrupted runs
+
+
+class Interrupt:
+    """Set by SIGINT and SIGTERM, read at step boundaries; a second signal does not wait for one."""
+
+    signal_number: int | None = None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    @contextmanager
+    def installed(self) -> Iterator[Interrupt]:
+        """Takes the two signals over for the block."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """The loop's state: adapter parameters, optimiser, position in the data, and history.
+
+    Args:
+        model: a causal language model of transformers with an adapter put in.
+        rows: the training examples.
+        settings: see :class:`Settings`.
+    """
+
+    def __init__(self, model: Any, rows: list[Encoded], settings: Settings) -> None:
+        self.model, self.rows, self.settings = model, rows, settings
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self.step = 0
+        self.epoch = 0
+        self.position = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.losses = torch.zeros(settings.steps)
+        self.notes: dict[str, Any] = {}
+        """JSON values kept with the checkpoint, such as what was measured before training."""
+
+    def train(
+        self,
+        interrupt: Interrupt,
+        on_step: Callable[[Trainer], None],
+        checkpoint: Path,
+        save_every: int,
+    ) -> bool:
+        """Runs to the last step, or to the end of the step in which a signal came.
+
+        ``checkpoint`` is written every ``save_every`` steps and wherever the loop ends.
+
+        Returns:
+            True when all steps are done.
+        """
+        self.model.train()
+        batches = epoch_batches(self.rows, self.settings, self.epoch)
+        while self.step < self.settings.steps and interrupt.signal_number is None:
+            if self.position == len(batches):
+                self.epoch, self.position = self.epoch + 1, 0
+                batches = epoch_batches(self.rows, self.settings, self.epoch)
+            started = time.perf_counter()
+            self._train_on(collate([self.rows[index] for index in batches[self.position]]))
+            self.seconds += time.perf_counter() - started
+            on_step(self)
+            if self.step % save_every == 0:
+                self.save(checkpoint)
+        self.save(checkpoint)
+        return self.step == self.settings.steps
+
+    def _train_on(self, batch: Batch) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(self.step)
+        loss = completion_losses(self.model, batch).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses[self.step] = loss.detach()
+        self.step += 1
+        self.position += 1
+        self.tokens += batch.tokens
+
+    # -------------------------------------------------------------------- checkpoint
+
+    def save(self, path: Path) -> None:
+        """Writes everything that the next step depends on to one safetensors file, atomically.
+
+        One file, its JSON in the safetensors header, so that no kill can leave halves of two
+        checkpoints.
+        """
+        tensors = {"rng": torch.get_rng_state(), "losses": self.losses[: self.step].clone()}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "settings": asdict(self.settings),
+            "environment": _environment(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "notes": self.notes,
+        }
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, metadata={"state": json.dumps(state)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continues from what :meth:`save` wrote; the trainer is untouched when that fails.
+
+        Raises:
+            InputError: the file is no checkpoint, or one of another model, data or setting.
+        """
+        state = read_state(path, self.settings)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        optimizer_keys = ("exp_avg", "exp_avg_sq", "step") if state["step"] else ()
+        for name, parameter in self.parameters.items():
+            for key in ("weight", *optimizer_keys):
+                shape = () if key == "step" else tuple(parameter.shape)
+                found = tensors.get(f"{key}.{name}")
+                if found is None or tuple(found.shape) != shape:
+                    what = "nothing" if found is None else tuple(found.shape)
+                    raise InputError(f"{path}: {key}.{name} of shape {shape} expected, got {what}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight.{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"] for key in optimizer_keys
+                }
+        if state["environment"] != _environment():
+            print(
+                f"note: the run was on {state['environment']} and goes on with {_environment()}: "
+                "sums may be grouped differently, and the last bits of the weights differ"
+            )
+        torch.set_rng_state(tensors["rng"])
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.tokens, self.seconds, self.notes = state["tokens"], state["seconds"], state["notes"]
+        self.losses[: self.step] = tensors["losses"]
+
+
+def read_state(path: Path, settings: Settings) -> dict[str, Any]:
+    """The JSON part of a checkpoint, once it is known to be of a run with these settings.
+
+    Raises:
+        InputError: the file is no checkpoint, or one of another model, data or setting.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads((file.metadata() or {})["state"])
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {state['format']!r}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a checkpoint of this program ({error})") from None
+    for key, value in asdict(settings).items():
+        if state["settings"].get(key) != value:
+            raise InputError(
+                f"{path} is of a run with {key}={state['settings'].get(key)!r}, and this one has "
+                f"{value!r}; resume with the same arguments, or remove the file to start anew"
+            )
+    return state
+
+
+def _environment() -> dict[str, Any]:
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
+class Progress:
+    """A progress bar with the recent loss, the speed and the time left."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=trainer.settings.steps,
+            initial=trainer.step,
+            unit="step",
+            dynamic_ncols=True,
+            # A log file gets a line's worth now and then, a terminal a moving bar.
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Moves on by one step."""
+        # update() says whether it drew; the loss is read from the tensor only then.
+        if self.bar.update(1):
+            recent = trainer.losses[max(0, trainer.step - 20) : trainer.step].mean().item()
+            speed = trainer.tokens / trainer.seconds
+            self.bar.set_postfix_str(f"loss {recent:.3f}, {speed:.0f} tokens/s")

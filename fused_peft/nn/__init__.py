@@ -1,0 +1,5 @@
+"""Layers that compute with adapters."""
+
+from .lora_linear import LoraLinear
+
+__all__ = ["LoraLinear"]

@@ -1,0 +1,245 @@
+"""The package's torch ops: shape functions, autograd, and the choice between kernel and fallback.
+
+``torch.ops.fused_peft.lora_linear`` and ``lora_linear_backward`` are the kernels themselves.
+:func:`lora_linear` here is what layers call: it checks its arguments, follows autocast, and takes
+:mod:`fused_peft.reference` wherever no kernel covers the problem, with the same result.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_peft import _C, reference
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_RANK: int = _C.max_rank
+
+if "FUSED_PEFT_CPU_ISA" in os.environ:
+    _C.set_cpu_isa(os.environ["FUSED_PEFT_CPU_ISA"])
+
+
+def new_seed(device: torch.device | str = "cpu") -> Tensor:
+    """Draw a dropout seed from torch's default generator of ``device``.
+
+    Returns:
+        int64 tensor without dimensions. ``torch.manual_seed`` makes it repeatable, and activation
+        checkpointing, which restores the generator, draws the same one again.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+
+
+def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
+    """Why no kernel covers these operands, or None where one does.
+
+    Args:
+        x: ``[..., K]``. weight: ``[N, K]``. lora_a: ``[R, K]``. lora_b: ``[N, R]``.
+    """
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; kernels exist for: cpu"
+    dtype = x.dtype
+    if dtype not in _KERNEL_DTYPES:
+        return f"x is {dtype}; kernels exist for float32, bfloat16 and float16"
+    if weight.layout != torch.strided or x.layout != torch.strided:
+        return "a sparse operand"
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if factor.dtype != dtype and factor.dtype != torch.float32:
+            return f"{name} is {factor.dtype}; kernels take x's dtype or float32"
+    if lora_a.shape[0] > MAX_RANK:
+        return f"the rank is {lora_a.shape[0]}; kernels exist up to {MAX_RANK}"
+    return None
+
+
+def _differentiated_otherwise() -> bool:
+    """Whether a torch.func transform or forward-mode AD runs, which need the plain torch ops."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _check_operands(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K]")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {k}] for weight [{n}, {k}]")
+    if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a has shape {tuple(lora_a.shape)}; expected [R, {k}] with R >= 1")
+    r = lora_a.shape[0]
+    if lora_b.dim() != 2 or lora_b.shape[0] != n or lora_b.shape[1] != r:
+        raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}; expected [{n}, {r}]")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected [{n}]")
+    device = x.device
+    for name, operand in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+    ):
+        if operand is not None and operand.device != device:
+            raise ValueError(f"{name} is on {operand.device}; expected {device}, where x is")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} and weight is {weight.dtype}; expected the same dtype")
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} and bias is {bias.dtype}; expected the same dtype")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, which this op never forms; "
+            "freeze it with weight.requires_grad_(False)"
+        )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T`` in one pass over y.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3. Gradients
+    exist for x, lora_a, lora_b and bias, each formed only where it is asked for. Under autocast
+    x, weight and bias are cast to the autocast dtype; lora_a and lora_b keep theirs.
+
+    Args:
+        x: ``[..., K]``, any strides. float32, bfloat16 and float16 run the kernels.
+        weight: ``[N, K]`` in x's dtype, frozen.
+        lora_a: ``[R, K]`` in x's dtype or float32.
+        lora_b: ``[N, R]`` in x's dtype or float32.
+        bias: ``[N]`` in x's dtype.
+        scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+        dropout_p: probability that an element of x is dropped before lora_a, in [0, 1).
+        seed: int64 tensor with one element (:func:`new_seed`), needed when ``dropout_p > 0``. The
+            mask is a function of the seed and the element's index alone
+            (:func:`fused_peft.reference.dropout_keep`).
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device, dropout_p or seed does not fit, or weight requires a
+            gradient.
+        RuntimeError: on a second derivative, which the kernels do not have. Inside ``torch.func``
+            transforms and forward-mode AD the plain torch ops run, which have them all.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_operands(x, weight, lora_a, lora_b, bias)
+    if dropout_p != 0.0:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+        if seed is None or seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed is {seed!r}; dropout_p > 0 needs an int64 tensor with one element"
+            )
+    if fallback_reason(x, weight, lora_a, lora_b) is None and not _differentiated_otherwise():
+        y, _ = torch.ops.fused_peft.lora_linear.default(
+            x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed
+        )
+        return y  # type: ignore[no-any-return]
+    return reference.lora_linear(
+        x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
+    )
+
+
+@torch.library.register_fake("fused_peft::lora_linear")
+def _lora_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1]
+    y = x.new_empty((*rows, weight.shape[0]))
+    return y, x.new_empty((*rows, lora_a.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("fused_peft::lora_linear_backward")
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dlora_a: bool,
+    need_dlora_b: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def output(needed: bool, like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return like.new_empty(shape if needed else (0,))
+
+    return (
+        output(need_dx, x, x.shape),
+        output(need_dlora_a, lora_a, lora_a.shape),
+        output(need_dlora_b, lora_b, lora_b.shape),
+        output(need_dbias, x, (weight.shape[0],)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_a, lora_b, _bias, scaling, dropout_p, seed = inputs
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+
+
+def _backward(ctx: Any, dy: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    if need_weight:
+        raise RuntimeError("fused_peft::lora_linear never forms the gradient of weight; freeze it")
+    dx, dlora_a, dlora_b, dbias = torch.ops.fused_peft.lora_linear_backward.default(
+        dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed,
+        need_x, need_a, need_b, need_bias,
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        None,
+        dlora_a if need_a else None,
+        dlora_b if need_b else None,
+        dbias if need_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "fused_peft::lora_linear has no second derivative; "
+        "fused_peft.reference.lora_linear is differentiable any number of times"
+    )
+
+
+torch.library.register_autograd("fused_peft::lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fused_peft::lora_linear_backward", _no_double_backward)

@@ -1,0 +1,33 @@
+"""What puts adapters into an existing model."""
+
+from .config import LoraConfig
+from .lora import (
+    active_adapters,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    get_nb_trainable_parameters,
+    get_peft_model,
+    inject_adapter,
+    merge_adapter,
+    print_trainable_parameters,
+    set_adapter,
+    unmerge_adapter,
+)
+from .modules_to_save import ModulesToSaveWrapper
+
+__all__ = [
+    "LoraConfig",
+    "ModulesToSaveWrapper",
+    "active_adapters",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapter",
+    "get_nb_trainable_parameters",
+    "get_peft_model",
+    "inject_adapter",
+    "merge_adapter",
+    "print_trainable_parameters",
+    "set_adapter",
+    "unmerge_adapter",
+]

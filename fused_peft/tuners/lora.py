@@ -1,0 +1,431 @@
+"""Puts :class:`fused_peft.LoraLinear` into an existing model, and drives the adapters there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.adapter_spec import AdapterSpec, check_adapter_name, near_matches
+from ..nn.base_layer import is_conv1d
+from ..nn.initializers import changes_base_weight, check_init_fits, init_pair
+from ..nn.lora_linear import LoraLinear
+from .config import LoraConfig
+from .modules_to_save import ModulesToSaveWrapper
+from .targets import Plan, make_plan, own_modules
+
+_ModelT = TypeVar("_ModelT", bound=nn.Module)
+
+
+def get_peft_model(
+    model: _ModelT,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> _ModelT:
+    """Put a first adapter into ``model``, in place; everything else in it is frozen.
+
+    Every module that ``config`` names becomes a LoraLinear over the same weight Parameter, so tied
+    weights stay tied. The config as it turned out is kept in ``model.fused_peft_config``.
+
+    Args:
+        model: any module with linear layers.
+        config: what to adapt and how.
+        adapter_name: the new adapter's name; it is active.
+        autocast_adapter_dtype: adapters of a float16 or bfloat16 layer are float32.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        TypeError, ValueError: what the config names is not there or is no linear layer, or the
+            model has an adapter already. The model is left as it was.
+    """
+    existing = _adapter_names(model)
+    if existing and adapter_name not in existing:
+        raise ValueError(
+            f"the model has the adapters {existing} already; use add_adapter(model, config, "
+            f"{adapter_name!r}) for a further one"
+        )
+    inject_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return model
+
+
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Put a further adapter in, neither active nor trainable until :func:`set_adapter` names it.
+
+    Raises:
+        TypeError, ValueError: as :func:`get_peft_model`; or a second adapter that trains biases,
+            which all adapters share. The model is left as it was.
+    """
+    inject_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def inject_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+    strict: bool = True,
+) -> None:
+    """What :func:`get_peft_model` and :func:`add_adapter` do; a first adapter becomes active.
+
+    Args:
+        model: any module with linear layers.
+        config: what to adapt and how.
+        adapter_name: the new adapter's name.
+        autocast_adapter_dtype: adapters of a float16 or bfloat16 layer are float32.
+        strict: every entry of target_modules and modules_to_save has to match a module. Adapters
+            that PEFT wrote need not be so, since it only asks that one entry does.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a LoraConfig")
+    existing = _adapter_names(model)
+    if check_adapter_name(adapter_name) in existing:
+        raise ValueError(f"adapter_name is {adapter_name!r}; the model has {existing} already")
+    configs = _configs(model)
+    with_bias = [name for name, other in configs.items() if other.bias != "none"]
+    if config.bias != "none" and with_bias:
+        raise ValueError(
+            f"bias is {config.bias!r} and adapter {with_bias[0]!r} trains biases already; "
+            "expected 'none' for all adapters of a model but one"
+        )
+    plan = make_plan(model, config, strict=strict)
+    _check_starts(model, adapter_name, plan)
+    _apply(model, adapter_name, plan, autocast_adapter_dtype, first=not existing)
+
+
+def set_adapter(
+    model: nn.Module, adapter_names: str | Sequence[str], *, inference_mode: bool = False
+) -> None:
+    """Make adapters the active ones, in this order, and only them trainable.
+
+    Merged adapters are taken out of the weights first, with a warning.
+
+    Args:
+        model: with adapters.
+        adapter_names: one name or several.
+        inference_mode: do not make them trainable either.
+
+    Raises:
+        ValueError: a name is unknown or given twice, or two of them have a copy of the same module
+            (modules_to_save). Nothing is changed then.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    _check_known(model, names)
+    if len(set(names)) != len(names):
+        raise ValueError(f"adapter_names is {names!r}; expected each adapter once")
+    wrappers = _modules(model, ModulesToSaveWrapper)
+    for path, wrapper in wrappers:
+        rivals = [name for name in names if name in wrapper.modules_to_save]
+        if len(rivals) > 1:
+            raise ValueError(
+                f"adapter_names is {names!r}; {rivals} each have a copy of {path!r} "
+                "(modules_to_save), of which only one can be active"
+            )
+    for _, layer in _modules(model, LoraLinear):
+        layer.set_adapter([n for n in names if n in layer.r], inference_mode=inference_mode)
+    for name, config in _configs(model).items():
+        if config.bias != "none":
+            _train_biases(model, config.bias, name in names and not inference_mode)
+    for _, wrapper in wrappers:
+        copied = next((name for name in names if name in wrapper.modules_to_save), None)
+        wrapper.set_adapter(copied, inference_mode=inference_mode)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that are active in any layer of ``model``."""
+    active: dict[str, None] = {}
+    for _, layer in _modules(model, LoraLinear):
+        active.update(dict.fromkeys(layer.active_adapters))
+    for _, wrapper in _modules(model, ModulesToSaveWrapper):
+        if wrapper.active_adapter is not None:
+            active[wrapper.active_adapter] = None
+    return list(active)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter. Where it was the last active one, the first left becomes active.
+
+    Raises:
+        ValueError: it is unknown, or merged. Nothing is changed then.
+    """
+    _check_known(model, [adapter_name])
+    layers = [(p, m) for p, m in _modules(model, LoraLinear) if adapter_name in m.r]
+    merged = [path for path, layer in layers if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]!r}; unmerge first")
+    was_active = active_adapters(model)
+    trainable = any(layer.lora_A[adapter_name].requires_grad for _, layer in layers)
+    config = _configs(model).pop(adapter_name, None)
+    if config is not None and config.bias != "none":
+        _train_biases(model, config.bias, False)
+    for _, layer in layers:
+        layer.delete_adapter(adapter_name)
+    for _, wrapper in _modules(model, ModulesToSaveWrapper):
+        if adapter_name in wrapper.modules_to_save:
+            wrapper.delete_adapter(adapter_name)
+    left = _adapter_names(model)
+    if left and was_active == [adapter_name]:
+        warnings.warn(f"adapter {adapter_name!r} was active; now {left[0]!r} is", stacklevel=2)
+        set_adapter(model, left[0], inference_mode=not trainable)
+
+
+def merge_adapter(
+    model: nn.Module, safe: bool = False, adapter_names: Sequence[str] | None = None
+) -> None:
+    """Add adapters to the base weights in place; see :meth:`fused_peft.LoraLinear.merge`.
+
+    Args:
+        model: with adapters.
+        safe: check first that every new weight is finite.
+        adapter_names: None means the active ones.
+
+    Raises:
+        ValueError: there is no adapter; a name is unknown; a weight is shared with another module,
+            which would change along; or ``safe`` and a result is not finite. Nothing is changed.
+    """
+    layers = _require_layers(model)
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names is {adapter_names!r}; expected a list of names")
+    if adapter_names is not None:
+        _check_known(model, adapter_names)
+    sharing = _Sharing(model)
+    todo = []
+    for path, layer in layers:
+        wanted = layer.active_adapters if adapter_names is None else list(adapter_names)
+        names = [n for n in wanted if n in layer.r and n not in layer.merged_adapters]
+        if names:
+            sharing.refuse(path, layer, "merging")
+            todo.append((path, layer, names))
+    if not todo:
+        warnings.warn("all adapters are merged already, nothing to do", stacklevel=2)
+    for path, layer, names in todo if safe else []:
+        try:
+            layer.check_merge(names)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+    for _, layer, names in todo:
+        layer.merge(adapter_names=names)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Take all merged adapters out of the base weights again, up to rounding.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    merged = [layer for _, layer in _require_layers(model) if layer.merged]
+    if not merged:
+        warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
+    for layer in merged:
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the context ``model`` computes without adapters and modules_to_save.
+
+    Merged adapters leave the weights at the first forward. Trained biases stay.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    _require_layers(model)
+    for name, config in _configs(model).items():
+        if config.bias != "none":
+            warnings.warn(
+                f"adapter {name!r} has bias={config.bias!r}: the biases it trained stay, so the "
+                "output is not the base model's",
+                stacklevel=3,
+            )
+    modules = [m for m in model.modules() if isinstance(m, (LoraLinear, ModulesToSaveWrapper))]
+    before = [module.adapters_enabled for module in modules]
+    for module in modules:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enable_adapters(enabled)
+
+
+def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Number of trainable parameters and of all parameters; shared ones count once."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print both numbers of :func:`get_nb_trainable_parameters` and their ratio, as PEFT does."""
+    trainable, total = get_nb_trainable_parameters(model)
+    percent = 100 * trainable / total if total else 0.0
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
+    )
+
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+def _modules(model: nn.Module, cls: type[_ModuleT]) -> list[tuple[str, _ModuleT]]:
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, cls)]
+
+
+def _require_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    layers = _modules(model, LoraLinear)
+    if not any(layer.r for _, layer in layers):
+        raise ValueError(f"model {type(model).__name__} has no adapter; expected one with adapters")
+    return layers
+
+
+def _configs(model: nn.Module) -> dict[str, LoraConfig]:
+    configs: dict[str, LoraConfig] = getattr(model, "fused_peft_config", {})
+    return configs
+
+
+def _adapter_names(model: nn.Module) -> list[str]:
+    names = dict.fromkeys(_configs(model))
+    for _, layer in _modules(model, LoraLinear):
+        names.update(dict.fromkeys(layer.r))
+    return list(names)
+
+
+def _check_known(model: nn.Module, names: Sequence[str]) -> None:
+    known = _adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"adapter {name!r} is unknown; the model has {known}"
+                f"{near_matches(str(name), known)}"
+            )
+
+
+def _train_biases(model: nn.Module, kind: str, trainable: bool) -> None:
+    for module in [model, *(m for _, m in own_modules(model))]:
+        bias = module._parameters.get("bias")
+        if bias is not None and (kind == "all" or isinstance(module, LoraLinear)):
+            bias.requires_grad_(trainable)
+
+
+class _Sharing:
+    """Which modules of a model hold the same weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders: dict[tuple[str, int], list[tuple[str, nn.Module]]] = {}
+        for path, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._holders.setdefault(self._key(parameter), []).append((path, module))
+
+    @staticmethod
+    def _key(parameter: Tensor) -> tuple[str, int]:
+        # By memory, since two Parameters can share one. Tensor subclasses and meta tensors have
+        # none that can be asked for.
+        if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel():
+            return str(parameter.device), parameter.data_ptr()
+        return "object", id(parameter)
+
+    def refuse(self, path: str, module: nn.Module, what: str) -> None:
+        """Raise ValueError where another module would change along with ``module``."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        others = [p for p, m in self._holders[self._key(weight)] if m is not module]
+        if others:
+            raise ValueError(
+                f"{what} would change the weight of {path!r}, which {', '.join(map(repr, others))} "
+                "shares; expected a weight that only one module has"
+            )
+
+
+def _check_starts(model: nn.Module, name: str, plan: Plan) -> None:
+    """What could go wrong at the start of one of the layers, before any is built."""
+    sharing = _Sharing(model)
+    for path, module in plan.layers.items():
+        spec, weight = plan.specs[path], module._parameters["weight"]
+        assert weight is not None  # make_plan has seen it
+        try:
+            if isinstance(module, LoraLinear):
+                module.check_addable(name, spec)
+            check_init_fits(spec.init_lora_weights, spec.r, weight)
+        except ValueError as error:
+            raise ValueError(f"target module {path!r}: {error}") from error
+        if changes_base_weight(spec.init_lora_weights):
+            sharing.refuse(path, module, f"init_lora_weights={spec.init_lora_weights!r}")
+
+
+def _apply(model: nn.Module, name: str, plan: Plan, autocast_dtype: bool, *, first: bool) -> None:
+    # All that can fail comes before the first change to the model.
+    pairs = {p: _new_pair(m, plan.specs[p], autocast_dtype) for p, m in plan.layers.items()}
+    copies = {p: copy.deepcopy(_original(module)) for p, module in plan.saved.items()}
+    places = _places(model)
+    if first:
+        model.requires_grad_(False)
+    for path, module in plan.layers.items():
+        layer = module if isinstance(module, LoraLinear) else LoraLinear.around(module)
+        layer.weight.requires_grad_(False)
+        layer.install(name, plan.specs[path], *pairs[path])
+        _put(places, module, layer)
+    for path, module in plan.saved.items():
+        if isinstance(module, ModulesToSaveWrapper):
+            wrapper = module
+        else:
+            wrapper = ModulesToSaveWrapper(module)
+        wrapper.add_adapter(name, copies[path])
+        _put(places, module, wrapper)
+    model.__dict__["fused_peft_config"] = {**_configs(model), name: plan.config}
+    if first:
+        set_adapter(model, name, inference_mode=plan.config.inference_mode)
+
+
+def _new_pair(module: nn.Module, spec: AdapterSpec, autocast_dtype: bool) -> tuple[Tensor, Tensor]:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half and autocast_dtype else weight.dtype
+    transposed = module.fan_in_fan_out if isinstance(module, LoraLinear) else is_conv1d(module)
+    return init_pair(
+        spec.init_lora_weights, spec.r, spec.scaling, weight.t() if transposed else weight, dtype
+    )
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By a module's id, every parent that holds it and the name there: modules can be shared."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, child_name))
+    return places
+
+
+def _put(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module) -> None:
+    if new is old:
+        return
+    for parent, child_name in places[id(old)]:
+        setattr(parent, child_name, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its inference fast path reads the weights past the layers, unless one has a hook.
+            new.register_forward_hook(_stay_in_view)
+
+
+def _stay_in_view(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that does nothing."""
