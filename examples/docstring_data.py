@@ -19,8 +19,20 @@ from pathlib import Path
 # Tests, vendored and installed packages, applications. And tkinter: many systems install Python
 # without it, and its 600 docstrings have a style of their own, so figures would not compare.
 SKIPPED_FOLDERS = frozenset(
-    ("__pycache__", "_vendor", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data")
-    + ("site-packages", "test", "tests", "tkinter", "turtledemo")
+    {
+        "__pycache__",
+        "_vendor",
+        "dist-packages",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "tkinter",
+        "turtledemo",
+    }
 )
 # About 80 tokens: of a longer docstring the first paragraph is taken, never half a sentence.
 MAX_DOCSTRING_CHARS = 320

@@ -25,7 +25,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from training import (
     Trainer,
     encode,
     held_out_loss,
+    keep_freed_memory,
     read_state,
 )
 
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="transformers directory or .gguf file; left out: SmolLM2")
     add("--method", choices=["lora"], default="lora")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    add("--steps", type=COUNT, default=240)
+    add("--steps", type=COUNT, default=300)
     add("--learning-rate", type=RATE, default=1e-3, help="at the end of the warm-up")
     add("--rank", type=COUNT, default=16)
     add("--alpha", type=COUNT, default=32, help="the update is scaled by alpha/rank")
@@ -110,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, checked as far as they can be before anything is loaded."""
+    """The arguments, checked as far as they can be before anything is loaded; makes ``--out``."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.max_length > args.batch_tokens:
@@ -126,16 +127,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--model {args.model}: there is no config.json in this folder")
     elif not (args.model.is_file() and args.model.suffix == ".gguf"):
         parser.error(f"--model {args.model}: expected a transformers folder or a .gguf file")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: is not a folder")
+    # A package that is missed only when the results are written would cost the whole run.
+    needed = ["transformers", "tqdm", "matplotlib"]
+    needed += ["gguf", "accelerate"] if args.model.suffix == ".gguf" else []
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        parser.error(f"missing {', '.join(missing)}: pip install -r examples/requirements.txt")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        parser.error(f"--out {args.out}: cannot write there")
     checkpoint = args.out / CHECKPOINT
     if args.resume and not checkpoint.is_file():
         parser.error(f"--resume: there is no interrupted run in {args.out}")
     if not args.resume and checkpoint.exists():
-        parser.error(
-            f"{checkpoint} is of an interrupted run: add --resume to continue it, "
-            "or remove the file to start anew"
-        )
+        parser.error(f"{checkpoint} is of an unfinished run: add --resume, or remove it")
     return args
 
 
@@ -152,21 +159,19 @@ def packaged_model(parser: argparse.ArgumentParser) -> Path:
 def load_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """A causal language model with dense weights, and its tokenizer, from this machine only."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
+    import transformers
 
-    disable_progress_bar()
-    where: dict[str, Any] = {"local_files_only": True}
-    if path.is_dir():
-        folder = path
-        quantization = {}
-    else:
-        folder = path.parent
-        where["gguf_file"] = path.name
-        # Packed weights would come in layers that no adapter can be trained over.
-        quantization = {"quantization_config": GgufConfig(dequantize=True)}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where, **quantization)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    folder, where = path, {}
+    if path.is_file():
+        folder, where = path.parent, {"gguf_file": path.name}
+    options: dict[str, Any] = {"dtype": dtype}
+    if path.is_file() and hasattr(transformers, "GgufConfig"):
+        # Versions that have it keep the weights packed, in layers that no adapter can train over.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    load = {"local_files_only": True, **where}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **load)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **load, **options)
     return model, tokenizer
 
 
@@ -231,9 +236,8 @@ def plot_losses(path: Path, losses: list[float], before: float, after: float) ->
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what the figures depend on."""
-    names = ("fused-peft", "torch", "transformers", "safetensors", "numpy")
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in ("fused-peft", "torch", "transformers", "safetensors", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -313,22 +317,13 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encode
         corpus = standard_library_docstrings(args.held_out)
     else:
         corpus = read_jsonl(args.data, args.held_out)
-    settings = Settings(
-        model=args.model.name,
-        data=corpus.fingerprint(),
-        method=args.method,
-        rank=args.rank,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        learning_rate=args.learning_rate,
-        warmup_steps=args.steps // 20,
-        steps=args.steps,
-        batch_tokens=args.batch_tokens,
-        max_length=args.max_length,
-        held_out=args.held_out,
-        seed=args.seed,
-        dtype=args.dtype,
-    )
+    given = {
+        **vars(args),
+        "model": args.model.name,
+        "data": corpus.fingerprint(),
+        "warmup_steps": args.steps // 20,
+    }
+    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
     if args.resume:
         read_state(args.out / CHECKPOINT, settings)  # a wrong argument should not wait for a model
     model, tokenizer = load_model(args.model, DTYPES[args.dtype])
@@ -351,12 +346,12 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encode
 
 def run(args: argparse.Namespace) -> int:
     """Measures, trains, measures again, and writes; the exit status."""
+    keep_freed_memory()
     checkpoint = args.out / CHECKPOINT
     trainer, tokenizer, corpus, held_out = prepare(args)
     model = trainer.model
     print(f"{len(trainer.rows)} examples to learn, {len(held_out)} held out: {corpus.name}")
     fused_peft.print_trainable_parameters(model)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         trainer.load(checkpoint)
         print(f"continuing after step {trainer.step} of {args.steps}")

@@ -135,10 +135,10 @@ def _point_at_old(directory: Path, names: Iterable[str]) -> bool:
     """Make the symbolic links, none of them in use yet; False where there are no such links."""
     staging = directory / _STAGING
     try:
-        os.symlink("old", staging / "current", target_is_directory=True)
-        os.symlink("new", staging / "next", target_is_directory=True)
+        (staging / "current").symlink_to("old", target_is_directory=True)
+        (staging / "next").symlink_to("new", target_is_directory=True)
         for name in names:
-            os.symlink(_link_text(name), staging / name)
+            (staging / name).symlink_to(_link_text(name))
     except NotImplementedError:
         return False
     except OSError as error:
@@ -152,9 +152,9 @@ def _swap_by_link(directory: Path, names: Iterable[str]) -> None:
     staging = directory / _STAGING
     _sync_directory(staging)
     for name in names:
-        os.replace(staging / name, directory / name)
+        (staging / name).replace(directory / name)
     _sync_directory(directory)
-    os.replace(staging / "next", staging / "current")  # the commit
+    (staging / "next").replace(staging / "current")  # the commit
     _sync_directory(staging)
     _settle(directory, names)
 
@@ -177,13 +177,13 @@ def _settle(directory: Path, names: Iterable[str]) -> None:
         return
     for name in names:
         final = directory / name
-        if final.is_symlink() and os.readlink(final) == _link_text(name):
+        if final.is_symlink() and final.readlink() == Path(_link_text(name)):
             if final.exists():
-                os.replace(final.resolve(), final)
+                final.resolve().replace(final)
             else:
                 final.unlink()
         elif (source := locate(directory, name)) != final:
-            os.replace(source, final)
+            source.replace(final)
     _sync_directory(directory)
     shutil.rmtree(staging)
 
@@ -194,7 +194,7 @@ def _link_text(name: str) -> str:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        target.hardlink_to(source)
     except OSError:  # no hard links here, or the source lies on another file system
         shutil.copy2(source, target)
         _sync_file(target)

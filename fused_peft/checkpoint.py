@@ -122,7 +122,7 @@ def save_adapter(
         except SafetensorError as error:
             raise OSError(f"cannot write {directory / WEIGHTS_NAME}: {error}") from error
         # safetensors makes files that only their owner can read; the umask is the user's choice.
-        os.chmod(file, (file.parent / CONFIG_NAME).stat().st_mode)
+        file.chmod((file.parent / CONFIG_NAME).stat().st_mode)
 
     replace_files(directory, {CONFIG_NAME: write_config, WEIGHTS_NAME: write_weights})
 
@@ -207,9 +207,7 @@ class _Saved:
 def _named_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Every tensor of the model under the name that PEFT would give it, other adapters left out."""
     layers = {path for path, module in _modules(model) if isinstance(module, LoraLinear)}
-    wrappers = {
-        path for path, module in _modules(model) if isinstance(module, ModulesToSaveWrapper)
-    }
+    wrappers = _wrappers(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = _plain(key).rpartition(".")
@@ -221,7 +219,7 @@ def _named_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             if leaf != adapter_name:
                 continue
             name = f"{module}.{container}.weight".removeprefix(".")
-        elif (copy_of := _adapter_of_copy(name, wrappers)) is not None:
+        elif (copy_of := _adapter_of_copy(_PREFIX + name, wrappers)) is not None:
             if copy_of != adapter_name:
                 continue
             # PEFT takes the name out where it is the last but one part, and only there.
@@ -230,11 +228,15 @@ def _named_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return state
 
 
-def _adapter_of_copy(name: str, wrappers: Iterable[str]) -> str | None:
-    """Which adapter the tensor is a copy for, where it is one of modules_to_save."""
+def _wrappers(model: nn.Module) -> list[str]:
+    return [path for path, m in _modules(model) if isinstance(m, ModulesToSaveWrapper)]
+
+
+def _adapter_of_copy(key: str, wrappers: Iterable[str]) -> str | None:
+    """What follows ``modules_to_save.`` in the key, where it lies in one of those wrappers."""
     for path in wrappers:
-        inside = name.removeprefix(f"{path}.modules_to_save.")
-        if inside != name:
+        inside = key.removeprefix(f"{_PREFIX}{path}.modules_to_save.")
+        if inside != key:
             return inside.partition(".")[0]
     return None
 
@@ -265,12 +267,13 @@ def _embedding_tensors(
     """File key -> the live tensor, for the base weights of input and output embeddings."""
     prefixes = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            layer = getattr(model, getter)()
-            adapted = isinstance(layer, LoraLinear)
-            path = next((p for p, module in _modules(model) if module is layer), None)
-            if path is not None and (adapted or not adapted_only):
-                prefixes.append(f"{_PREFIX}{path}." + ("base_layer." if adapted else ""))
+        layer = None
+        with contextlib.suppress(NotImplementedError):  # so say models without such a layer
+            layer = getattr(model, getter, lambda: None)()
+        adapted = isinstance(layer, LoraLinear)
+        path = next((p for p, module in _modules(model) if module is layer), None)
+        if path is not None and (adapted or not adapted_only):
+            prefixes.append(f"{_PREFIX}{path}." + ("base_layer." if adapted else ""))
     state = _named_state(model, adapter_name)
     return {k: v for k, v in state.items() if k.startswith(tuple(prefixes))} if prefixes else {}
 
@@ -445,8 +448,8 @@ def _outline(module: nn.Module, made: dict[int, nn.Module | Tensor]) -> nn.Modul
     twin = made[id(module)] = module.__class__.__new__(module.__class__)
     for name, value in vars(module).items():
         vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-    tensors: dict[str, Any]
-    for tensors in (twin._parameters, twin._buffers):
+    kinds: tuple[dict[str, Any], ...] = (twin._parameters, twin._buffers)
+    for tensors in kinds:
         for name, tensor in tensors.items():
             tensors[name] = None if tensor is None else _outline_tensor(tensor, made)
     for name, child in twin._modules.items():
@@ -468,30 +471,27 @@ def _outline_tensor(tensor: Tensor, made: dict[int, nn.Module | Tensor]) -> Tens
 def _read_checked(saved: _Saved, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The file's tensors in the model's dtypes, after every check of them against ``model``."""
     file = _weights_file(saved.directory)
-    required = _own_tensors(model, adapter_name)
+    # With bias="all" PEFT writes the biases of modules_to_save a second time, under a name that
+    # nothing reads.
+    wrappers = _wrappers(model)
+    required = {
+        k: v
+        for k, v in _own_tensors(model, adapter_name).items()
+        if _adapter_of_copy(k, wrappers) is None
+    }
     known = {**_embedding_tensors(model, adapter_name), **required}
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            shapes = {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
-            # With bias="all" PEFT writes biases of modules_to_save twice, the second time under a
-            # name that nothing reads, and that may have the adapter's name in it.
-            shapes = {k: v for k, v in shapes.items() if k in known or not _is_second(k, model)}
-            _check_keys(saved, model, shapes.keys(), required.keys(), known.keys())
-            _refuse_merged(model, shapes)
+            keys = [k for k in opened.keys() if _adapter_of_copy(k, wrappers) is None]  # noqa: SIM118
+            _check_keys(saved, model, keys, required, known)
+            _refuse_merged(model, keys)
+            shapes = {k: tuple(opened.get_slice(k).get_shape()) for k in keys}
             _check_shapes(file, shapes, known)
-            return {k: _checked_value(file, k, opened.get_tensor(k), known[k]) for k in shapes}
+            return {k: _checked_value(file, k, opened.get_tensor(k), known[k]) for k in keys}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{file} is no safetensors file, is cut off or damaged: {error}"
         ) from error
-
-
-def _is_second(key: str, model: nn.Module) -> bool:
-    name = key.removeprefix(_PREFIX)
-    wrappers = (
-        path for path, module in _modules(model) if isinstance(module, ModulesToSaveWrapper)
-    )
-    return _adapter_of_copy(name, wrappers) is not None
 
 
 def _check_keys(
@@ -615,9 +615,10 @@ def _config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
-        rank_pattern={re.escape(path): v for path, v in ranks.items() if v != r},
-        alpha_pattern={re.escape(path): v for path, v in alphas.items() if v != alpha},
-        target_modules=sorted(layers),
+        rank_pattern={f"^{re.escape(path)}": v for path, v in ranks.items() if v != r},
+        alpha_pattern={f"^{re.escape(path)}": v for path, v in alphas.items() if v != alpha},
+        # An expression is matched whole; a name would also match where another ends with it.
+        target_modules="|".join(re.escape(path) for path in layers),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         **common,
     )

@@ -2,4 +2,4 @@
 
 
 class AdapterError(ValueError):
-    """An adapter's files or its configuration do not fit, said with the key and what was expected."""
+    """An adapter's files or configuration do not fit; the message says what was expected."""

@@ -36,7 +36,10 @@ def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
     """Why no kernel covers these operands, or None where one does.
 
     Args:
-        x: ``[..., K]``. weight: ``[N, K]``. lora_a: ``[R, K]``. lora_b: ``[N, R]``.
+        x: ``[..., K]``.
+        weight: ``[N, K]``.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
     """
     if x.device.type != "cpu":
         return f"x is on {x.device}; kernels exist for: cpu"
@@ -159,7 +162,6 @@ def lora_linear(
     )
 
 
-@torch.library.register_fake("fused_peft::lora_linear")
 def _lora_linear_fake(
     x: Tensor,
     weight: Tensor,
@@ -175,7 +177,6 @@ def _lora_linear_fake(
     return y, x.new_empty((*rows, lora_a.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("fused_peft::lora_linear_backward")
 def _lora_linear_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -241,5 +242,7 @@ def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
     )
 
 
+torch.library.register_fake("fused_peft::lora_linear", _lora_linear_fake)
+torch.library.register_fake("fused_peft::lora_linear_backward", _lora_linear_backward_fake)
 torch.library.register_autograd("fused_peft::lora_linear", _backward, setup_context=_setup_context)
 torch.library.register_autograd("fused_peft::lora_linear_backward", _no_double_backward)

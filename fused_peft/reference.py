@@ -52,7 +52,7 @@ def philox4x32(counter: Tensor, seed: Tensor) -> Tensor:
 
 def dropout_threshold(dropout_p: float) -> int:
     """Elements whose 32-bit word is below this are dropped: ``round(p * 2**32)``."""
-    return min(_MASK32, int(math.floor(dropout_p * 2.0**32 + 0.5)))
+    return min(_MASK32, math.floor(dropout_p * 2.0**32 + 0.5))
 
 
 def dropout_keep(shape: torch.Size | tuple[int, ...], dropout_p: float, seed: Tensor) -> Tensor:
@@ -81,14 +81,18 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T`` in Hugging Face PEFT's order of ops.
+    """``y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T`` in PEFT's order of ops.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3. The base
     output is rounded to x's dtype, the adapter is computed in lora_a's dtype, and the sum is
     rounded once more, as PEFT does it.
 
     Args:
-        x: ``[..., K]``. weight: ``[N, K]``. lora_a: ``[R, K]``. lora_b: ``[N, R]``. bias: ``[N]``.
+        x: ``[..., K]``.
+        weight: ``[N, K]``.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        bias: ``[N]``.
         scaling: the factor on the low-rank update.
         dropout_p: probability that an element of x is dropped before lora_a.
         seed: int64 with one element, needed when ``dropout_p > 0``.

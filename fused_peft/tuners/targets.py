@@ -317,10 +317,12 @@ def _resolved(config: LoraConfig, layers: Mapping[str, nn.Module], names: list[s
         ends = {path.rpartition(".")[2] for path in layers}
         selected = {n for n in names if _names_match(ends, n) and not is_excluded(config, n)}
         targets = ends if selected == set(layers) else set(layers)
-    return dataclasses.replace(
-        config,
-        target_modules=targets,
-        fan_in_fan_out=any(
-            m.fan_in_fan_out if isinstance(m, LoraLinear) else is_conv1d(m) for m in layers.values()
-        ),
+    transposed = any(
+        m.fan_in_fan_out if isinstance(m, LoraLinear) else is_conv1d(m) for m in layers.values()
     )
+    if config.fan_in_fan_out and not transposed:
+        warnings.warn(
+            "fan_in_fan_out is True and no target stores its weight so; taken as False",
+            stacklevel=5,
+        )
+    return dataclasses.replace(config, target_modules=targets, fan_in_fan_out=transposed)

@@ -102,18 +102,53 @@ inline void write_registers(const TileArgs& args, const Vec (&acc)[kRows][kVecs]
       store(out + i * args.out_stride + j * kLanes, acc[i][j] * scale + bias[j]);
 }
 
-template <class Multiply, int kRows, int kVecs>
-void micro_kernel(const TileArgs& args) {
-  Vec acc[kRows][kVecs];
+template <int kRows, int kVecs>
+inline void clear(Vec (&acc)[kRows][kVecs]) {
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
+}
+
+// A float result keeps every rounding of its sum, so long sums are formed of short ones: the error
+// then grows with the root of kChunkSteps plus the number of chunks, not with the root of all steps.
+// A bfloat16 result hides them under its own rounding.
+constexpr int64_t kChunkSteps = 64;
+
+template <class Multiply, int kRows, int kVecs>
+inline void multiply_chunks(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
+  const char* a = args.a;
+  const float* b = args.b;
+  int64_t steps = args.steps;
+  Vec sum[kRows][kVecs];
+  clear(sum);
+  for (; steps > kChunkSteps; steps -= kChunkSteps) {
+    multiply_steps<Multiply>(a, args.lda, b, kChunkSteps, acc);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += acc[i][j];
+    clear(acc);
+    a += 4 * kChunkSteps;
+    b += kChunkSteps * kVecs * kLanes;
+  }
+  multiply_steps<Multiply>(a, args.lda, b, steps, acc);
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) acc[i][j] += sum[i][j];
+}
+
+template <class Multiply, int kRows, int kVecs>
+void micro_kernel(const TileArgs& args) {
+  Vec acc[kRows][kVecs];
+  clear(acc);
   if (args.tail_pairs)
     multiply_steps<Multiply>(args.s, args.lds, args.up, args.tail_steps, acc);
   else
     multiply_steps<MultiplyFloat>(args.s, args.lds, args.up, args.tail_steps, acc);
-  multiply_steps<Multiply>(args.a, args.lda, args.b, args.steps, acc);
+  if constexpr (std::is_same_v<Multiply, MultiplyFloat>)
+    multiply_chunks<Multiply>(args, acc);
+  else
+    multiply_steps<Multiply>(args.a, args.lda, args.b, args.steps, acc);
   if (args.out) {
     with_dtype(args.out_dtype, [&](auto* type) {
       write_registers<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(args, acc);

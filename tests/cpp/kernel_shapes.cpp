@@ -1,0 +1,213 @@
+// The CPU kernels without torch, built with AddressSanitizer and UBSan: every instruction set that
+// this processor has, odd shapes, every dtype, buffers that end where the data ends. Values are
+// compared with a plain double loop; the sharp comparison of errors is in tests/test_lora_ops.py.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/lora_linear.h"
+
+using namespace fused_peft;
+
+namespace {
+
+float round_to(DType dtype, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (dtype == DType::kBFloat16) bits &= 0xFFFF0000U;
+  if (dtype == DType::kFloat16) bits &= 0xFFFFE000U;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Values that the dtype holds exactly, in its storage, with the numbers beside it.
+struct Matrix {
+  int64_t rows, cols;
+  DType dtype;
+  std::vector<double> values;
+  std::vector<uint8_t> storage;
+
+  Matrix(int64_t rows_, int64_t cols_, DType dtype_)
+      : rows(rows_), cols(cols_), dtype(dtype_), values(static_cast<size_t>(rows_ * cols_)),
+        storage(static_cast<size_t>(rows_ * cols_ * element_size(dtype_)), 0xFF) {}
+
+  void* data() { return storage.data(); }
+  MatrixView view() const { return {storage.data(), cols, 1, dtype}; }
+  double at(int64_t i, int64_t j) const { return values[static_cast<size_t>(i * cols + j)]; }
+
+  void fill(std::mt19937& generator) {
+    std::uniform_real_distribution<float> uniform(0.25F, 1.0F);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float sign = generator() & 1U ? 1.0F : -1.0F;
+      const float value = sign * round_to(dtype, uniform(generator));
+      values[i] = value;
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      if (dtype == DType::kFloat32) std::memcpy(&storage[4 * i], &bits, 4);
+      uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (dtype == DType::kFloat16)
+        half = static_cast<uint16_t>((bits >> 16 & 0x8000U) |
+                                     ((bits & 0x7FFFFFFFU) - (112U << 23)) >> 13);
+      if (dtype != DType::kFloat32) std::memcpy(&storage[2 * i], &half, 2);
+    }
+  }
+
+  double read(size_t i) const {
+    uint32_t bits = 0;
+    if (dtype == DType::kFloat32) {
+      std::memcpy(&bits, &storage[4 * i], 4);
+    } else {
+      uint16_t half;
+      std::memcpy(&half, &storage[2 * i], 2);
+      bits = static_cast<uint32_t>(half) << 16;
+      if (dtype == DType::kFloat16) {
+        const int exponent = half >> 10 & 31;
+        const int fraction = half & 1023;
+        const double magnitude = exponent == 0    ? std::ldexp(fraction, -24)
+                                 : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                                  : std::ldexp(fraction + 1024, exponent - 25);
+        return half & 0x8000 ? -magnitude : magnitude;
+      }
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+
+  // Relative Frobenius distance of what was written from what was expected (values).
+  double error() const {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      const double d = read(i) - values[i];
+      difference += d * d;
+      norm += values[i] * values[i];
+    }
+    return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+  }
+};
+
+void run_threads(int64_t tasks, ParallelFor::Task fn, void* context) {
+  constexpr int64_t kThreads = 3;
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < kThreads; ++t)
+    threads.emplace_back([=] {
+      for (int64_t i = t; i < tasks; i += kThreads) fn(context, i);
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+struct Case {
+  int64_t m, n, k, r;
+  DType dtype, adapter;
+};
+
+// out(i, j) = sum over l of a(i, l) b(l, j), with transposes as index swaps by the callers.
+template <class A, class B>
+void product(Matrix& out, int64_t inner, double scale, A a, B b, bool add = false) {
+  for (int64_t i = 0; i < out.rows; ++i)
+    for (int64_t j = 0; j < out.cols; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < inner; ++l) sum += a(i, l) * b(l, j);
+      double& to = out.values[static_cast<size_t>(i * out.cols + j)];
+      to = (add ? to : 0.0) + scale * sum;
+    }
+}
+
+int failures = 0;
+
+void expect(const char* what, const Matrix& m, const Case& c, cpu::Isa isa, float p) {
+  const double limit = m.dtype == DType::kFloat32    ? 2e-5
+                       : m.dtype == DType::kBFloat16 ? 4e-3
+                                                     : 5e-4;
+  const double half_tail = c.dtype == DType::kBFloat16 && m.dtype == DType::kFloat32 ? 4e-3 : 0.0;
+  const double error = m.error();
+  if (error <= limit + (p > 0 ? half_tail : 0.0)) return;
+  std::printf("%s: %s M=%ld N=%ld K=%ld R=%ld dtype=%d/%d p=%g: error %g\n", cpu::isa_name(isa),
+              what, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.k),
+              static_cast<long>(c.r), static_cast<int>(c.dtype), static_cast<int>(c.adapter),
+              static_cast<double>(p), error);
+  ++failures;
+}
+
+void run(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) {
+  Matrix x(c.m, c.k, c.dtype), w(c.n, c.k, c.dtype), a(c.r, c.k, c.adapter), b(c.n, c.r, c.adapter);
+  Matrix bias(1, c.n, c.dtype), y(c.m, c.n, c.dtype), s(c.m, c.r, DType::kFloat32);
+  Matrix dy(c.m, c.n, c.dtype), dx(c.m, c.k, c.dtype), da(c.r, c.k, c.adapter);
+  Matrix db(c.n, c.r, c.adapter), dbias(1, c.n, c.dtype), ds(c.m, c.r, DType::kFloat32);
+  for (Matrix* m : {&x, &w, &a, &b, &bias, &dy}) m->fill(generator);
+  LoraLinearForward forward;
+  LoraLinearParams& p = forward.problem;
+  p.m = c.m, p.n = c.n, p.k = c.k, p.r = c.r;
+  p.x = x.view(), p.weight = w.view(), p.lora_a = a.view(), p.lora_b = b.view();
+  p.bias = bias.view();
+  p.scaling = 0.5F;
+  p.dropout_p = dropout_p;
+  p.seed = 1234567890123456789ULL;
+  forward.s = static_cast<float*>(s.data());
+  forward.y = y.data();
+  forward.y_row_stride = c.n;
+  const ParallelFor parallel{run_threads, 3};
+  if (cpu::lora_linear_forward(forward, isa, parallel) != Status::kOk) ++failures;
+  LoraLinearBackward backward;
+  backward.problem = p;
+  backward.dy = dy.view();
+  backward.s = forward.s;
+  backward.dx = dx.data(), backward.dlora_a = da.data(), backward.dlora_b = db.data();
+  backward.dbias = dbias.data();
+  if (cpu::lora_linear_backward(backward, isa, parallel) != Status::kOk) ++failures;
+  if (dropout_p > 0) return;  // values under dropout are compared in Python, with its own Philox
+  product(s, c.k, 0.5, [&](auto i, auto l) { return x.at(i, l); },
+          [&](auto l, auto j) { return a.at(j, l); });
+  product(y, c.k, 1.0, [&](auto i, auto l) { return x.at(i, l); },
+          [&](auto l, auto j) { return w.at(j, l); });
+  product(y, c.r, 1.0, [&](auto i, auto l) { return s.at(i, l); },
+          [&](auto l, auto j) { return b.at(j, l); }, true);
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t j = 0; j < c.n; ++j) y.values[static_cast<size_t>(i * c.n + j)] += bias.at(0, j);
+  product(ds, c.n, 0.5, [&](auto i, auto l) { return dy.at(i, l); },
+          [&](auto l, auto j) { return b.at(l, j); });
+  product(dx, c.n, 1.0, [&](auto i, auto l) { return dy.at(i, l); },
+          [&](auto l, auto j) { return w.at(l, j); });
+  product(dx, c.r, 1.0, [&](auto i, auto l) { return ds.at(i, l); },
+          [&](auto l, auto j) { return a.at(l, j); }, true);
+  product(da, c.m, 1.0, [&](auto i, auto l) { return ds.at(l, i); },
+          [&](auto l, auto j) { return x.at(l, j); });
+  product(db, c.m, 1.0, [&](auto i, auto l) { return dy.at(l, i); },
+          [&](auto l, auto j) { return s.at(l, j); });
+  product(dbias, c.m, 1.0, [](auto, auto) { return 1.0; },
+          [&](auto l, auto j) { return dy.at(l, j); });
+  expect("s", s, c, isa, dropout_p);
+  expect("y", y, c, isa, dropout_p);
+  expect("dx", dx, c, isa, dropout_p);
+  expect("dlora_a", da, c, isa, dropout_p);
+  expect("dlora_b", db, c, isa, dropout_p);
+  expect("dbias", dbias, c, isa, dropout_p);
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t kShapes[][4] = {
+      {0, 3, 5, 2},     {1, 1, 1, 1},     {1, 17, 33, 3},   {2, 48, 64, 16},  {7, 13, 129, 5},
+      {16, 100, 31, 8}, {17, 49, 97, 12}, {25, 96, 48, 64}, {64, 47, 50, 33}, {100, 65, 130, 7},
+      {531, 50, 37, 9}, {33, 20, 2100, 4}, {40, 24, 24, 256}};
+  std::mt19937 generator(0);
+  int runs = 0;
+  for (int i = 0; i < cpu::kNumIsa; ++i) {
+    const auto isa = static_cast<cpu::Isa>(i);
+    if (!cpu::isa_available(isa)) continue;
+    for (const auto& s : kShapes)
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+        for (const DType adapter : {dtype, DType::kFloat32})
+          for (const float p : {0.0F, 0.25F}) {
+            run({s[0], s[1], s[2], s[3], dtype, adapter}, isa, p, generator);
+            ++runs;
+          }
+  }
+  std::printf("kernel_shapes: %d problems, %d failures\n", runs, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,486 @@
+"""The fine-tuning example on a tiny random Llama: data, loss, interruption, results."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import docstring_data
+import finetune_smollm2
+import training
+from docstring_data import Corpus, Example, InputError
+
+import fused_peft
+
+transformers = pytest.importorskip("transformers")
+for needed in ("tqdm", "matplotlib"):
+    pytest.importorskip(needed)
+
+COLOURS = ("red", "green")
+WORDS = [f"the colour of box {index} is" for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a 2-layer Llama of random weights and a byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*WORDS, " ".join(COLOURS)], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # at the default 0.02 no adapter could make a confident logit
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [
+        {"prompt": prompt, "completion": " " + COLOURS[index % len(COLOURS)]}
+        for index, prompt in enumerate(WORDS)
+    ]
+    path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arguments(model_dir: Path, data: Path) -> Callable[..., list[str]]:
+    """Arguments of a run of 12 short steps, three epochs, with dropout on."""
+
+    def build(out: Path, *more: str) -> list[str]:
+        given = ["--model", model_dir, "--data", data, "--out", out, "--steps", 12]
+        given += [
+            "--batch-tokens",
+            80,
+            "--max-length",
+            40,
+            "--rank",
+            4,
+            "--dropout",
+            0.1,
+            "--held-out",
+            0.2,
+        ]
+        return [*map(str, given), *more]
+
+    return build
+
+
+def load(model_dir: Path) -> tuple[Any, Any]:
+    return finetune_smollm2.load_model(model_dir, torch.float32)
+
+
+# ------------------------------------------------------------------------------------- data
+
+
+def test_no_module_of_the_standard_library_is_on_both_sides() -> None:
+    corpus = docstring_data.standard_library_docstrings(0.1)
+    train, held_out = ({e.group for e in part} for part in (corpus.train, corpus.held_out))
+    assert not train & held_out
+    assert len(corpus.train) > 1000
+    assert len(corpus.held_out) > 100
+    completions = [example.completion for example in corpus.train + corpus.held_out]
+    assert len(completions) == len(set(completions))
+    assert not {"tkinter", "test", "idlelib"} & {g.split(".")[0] for g in train | held_out}
+
+
+def test_the_split_depends_on_the_name_alone() -> None:
+    # The first 8 bytes of SHA-256("json.decoder") as a fraction of 2**64, from sha256sum.
+    assert docstring_data.group_share("json.decoder") == 0x576BB4FF7B1A8F91 / 2**64
+
+
+def test_sources_are_parsed_and_never_run(tmp_path: Path) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "test").mkdir()
+    documented = 'def f{0}(x, *, y=1):\n    """Return {1} of x."""\n'
+    (tmp_path / "a.py").write_text("raise SystemExit('was run')\n" + documented.format(1, "one"))
+    method = 'class C:\n    async def g(self) -> int:\n        """Do it now.\n\n        Twice."""\n'
+    (tmp_path / "pkg" / "__init__.py").write_text(method + documented.format(2, "one"))
+    (tmp_path / "pkg" / "broken.py").write_text("def f(:\n")
+    (tmp_path / "test" / "t.py").write_text(documented.format(3, "three"))
+    corpus = docstring_data.standard_library_docstrings(0.5, root=tmp_path)
+    examples = {e.origin: e for e in corpus.train + corpus.held_out}
+    assert set(examples) == {"a.f1", "pkg.C.g"}  # f2 repeats f1's text, "test" is skipped
+    assert examples["a.f1"].prompt == 'def f1(x, *, y=1):\n    """'
+    assert examples["a.f1"].completion == 'Return one of x."""'
+    assert examples["pkg.C.g"].prompt == ('class C:\n    async def g(self) -> int:\n        """')
+    assert examples["pkg.C.g"].completion == 'Do it now.\n\n        Twice.\n        """'
+    assert examples["pkg.C.g"].group == "pkg"
+
+
+def test_a_long_docstring_becomes_its_first_paragraph(tmp_path: Path) -> None:
+    text = "First paragraph of it.\n\n    " + "word " * 100
+    (tmp_path / "a.py").write_text(f'def f():\n    """{text}"""\n')
+    (tmp_path / "b.py").write_text(f'def f():\n    """{"word " * 100}"""\n')
+    (tmp_path / "c.py").write_text('def f():\n    """Another short docstring."""\n')
+    corpus = docstring_data.standard_library_docstrings(0.5, root=tmp_path)
+    completions = {e.completion for e in corpus.train + corpus.held_out}
+    assert completions == {'First paragraph of it."""', 'Another short docstring."""'}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b'{"text": "\xff"}', "not JSON"),
+        (b'["text"]', "expected a JSON object, got list"),
+        (b'{"txt": "a"}', r"got \['txt'\]"),
+        (b'{"prompt": "a"}', r"got \['prompt'\]"),
+        (b'{"text": "a", "prompt": "b"}', r"got \['prompt', 'text'\]"),
+        (b'{"text": 3}', "'text' must be a string, got int"),
+        (b'{"prompt": null, "completion": "b"}', "'prompt' must be a string, got NoneType"),
+        (b'{"prompt": "a", "completion": ""}', "the text to learn is empty"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(InputError, match=rf"bad\.jsonl, line 3: .*{message}"):
+        docstring_data.read_jsonl(path, 0.5)
+
+
+def test_equal_lines_stay_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i % 10}"}) + "\n" for i in range(40)))
+    corpus = docstring_data.read_jsonl(path, 0.3)
+    assert len(corpus.train) + len(corpus.held_out) == 40
+    assert not {e.completion for e in corpus.train} & {e.completion for e in corpus.held_out}
+    path.write_text('{"text": "t"}\n' * 5)
+    with pytest.raises(InputError, match="needs at least 2"):
+        docstring_data.read_jsonl(path, 0.3)
+
+
+@pytest.mark.parametrize("held_out", [1e-9, 1 - 1e-9])
+def test_neither_side_is_empty(held_out: float) -> None:
+    examples = [Example("", f"t{i}", f"t{i}", f"line {i}") for i in range(3)]
+    train, held = docstring_data.split_by_group(examples, held_out)
+    assert min(len(train), len(held)) == 1
+
+
+# ------------------------------------------------------------------------- batches and loss
+
+
+def corpus_of(*pairs: tuple[str, str], end: str | None = None) -> Corpus:
+    examples = [Example(p, c, p + c, f"line {i}") for i, (p, c) in enumerate(pairs, start=1)]
+    return Corpus("test", examples, [], end)
+
+
+def test_only_completions_carry_loss(model_dir: Path) -> None:
+    _, tokenizer = load(model_dir)
+    corpus = corpus_of(("the colour", " is red"), ("", "blue box"))
+    rows = training.encode(corpus, corpus.train, tokenizer, 40)
+    batch = training.collate(rows)
+    eos = tokenizer.eos_token_id
+    expected = tokenizer(" is red")["input_ids"] + [eos]
+    expected += [*tokenizer("blue box")["input_ids"][1:], eos]  # nothing predicts a first token
+    assert batch.targets.tolist() == expected
+    assert batch.tokens == sum(len(row.ids) for row in rows)
+    ended = corpus_of(("the colour", " is red"), end="red")
+    assert training.encode(ended, ended.train, tokenizer, 40)[0].ids[-1] != eos
+
+
+def test_a_prompt_that_fills_the_length_is_named(model_dir: Path) -> None:
+    _, tokenizer = load(model_dir)
+    corpus = corpus_of(("a", " red"), ("the colour of box 1 is", " red"))
+    limit = len(tokenizer("the colour of box 1 is")["input_ids"])
+    with pytest.raises(InputError, match=f"line 2: {limit} prompt .* --max-length {limit}"):
+        training.encode(corpus, corpus.train, tokenizer, limit)
+
+
+def test_losses_equal_those_of_each_row_alone(model_dir: Path) -> None:
+    """Padding, the missing attention mask and the short cut to the output head change nothing."""
+    model, tokenizer = load(model_dir)
+    corpus = corpus_of(("the", " red"), ("the colour of box 7 is", " white"), ("", "box blue"))
+    rows = training.encode(corpus, corpus.train, tokenizer, 40)
+    losses = training.completion_losses(model, training.collate(rows))
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        start = max(1, row.prompt_length)
+        expected.append(F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="none"))
+    torch.testing.assert_close(losses, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    mean = training.held_out_loss(model, rows, 40)
+    assert mean == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
+
+
+def test_batches_hold_like_lengths_within_the_budget() -> None:
+    lengths = [(7 * index) % 31 + 1 for index in range(200)]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    batches = training.batches_by_length(lengths, 64, order)
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
+    assert max(padded) <= 64
+    assert sum(padded) < 1.05 * sum(lengths)
+
+
+def test_the_rate_warms_up_and_falls_to_nearly_nothing() -> None:
+    values: dict[str, Any] = dict.fromkeys(training.Settings.__dataclass_fields__, 0)
+    values.update(learning_rate=1.0, warmup_steps=4, steps=50)
+    settings = training.Settings(**values)
+    rates = [settings.learning_rate_at(step) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+
+def adapter_files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "adapter").iterdir())}
+
+
+def figures(out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / "figures.json").read_text(encoding="utf-8"))
+    return result
+
+
+class _Stop(Exception):  # noqa: N818
+    """Stands for a kill between two steps."""
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    class Acting(training.Progress):
+        def __call__(self, trainer: training.Trainer) -> None:
+            super().__call__(trainer)
+            if trainer.step == step:
+                action()
+
+    monkeypatch.setattr(finetune_smollm2, "Progress", Acting)
+
+
+@pytest.fixture(scope="module")
+def whole_run(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    given = ["--model", model_dir, "--data", data, "--out", out, "--steps", 12]
+    given += [
+        "--batch-tokens",
+        80,
+        "--max-length",
+        40,
+        "--rank",
+        4,
+        "--dropout",
+        0.1,
+        "--held-out",
+        0.2,
+    ]
+    assert finetune_smollm2.main([*map(str, given)]) == 0
+    return out
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 7)])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    arguments: Callable[..., list[str]],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    step: int,
+) -> None:
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(number))
+        assert finetune_smollm2.main(arguments(tmp_path)) == 128 + number
+    assert signal.getsignal(number) == handler
+    assert f"saved after step {step};" in capsys.readouterr().out
+    assert not (tmp_path / "adapter").exists()
+
+    torch.manual_seed(12345)  # a new process starts from other random numbers
+    assert finetune_smollm2.main(arguments(tmp_path, "--resume")) == 0
+    assert adapter_files(tmp_path) == adapter_files(whole_run)
+    ours, theirs = figures(tmp_path), figures(whole_run)
+    assert ours["training"]["loss"] == theirs["training"]["loss"]
+    assert ours["training"]["tokens"] == theirs["training"]["tokens"]
+    assert ours["held_out"] == theirs["held_out"]
+    assert not (tmp_path / finetune_smollm2.CHECKPOINT).exists()
+
+
+def test_a_killed_run_goes_on_from_the_last_checkpoint(
+    arguments: Callable[..., list[str]],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def kill() -> None:
+        raise _Stop
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill)
+        with pytest.raises(_Stop):
+            finetune_smollm2.main(arguments(tmp_path, "--save-every", "2"))
+    assert finetune_smollm2.main(arguments(tmp_path, "--resume")) == 0
+    assert "continuing after step 4 of 12" in capsys.readouterr().out
+    assert adapter_files(tmp_path) == adapter_files(whole_run)
+
+
+def test_a_second_signal_stops_at_once(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    given = arguments(tmp_path, "--save-every", "2")
+    assert finetune_smollm2.main(given) == 128 + signal.SIGINT
+    assert "--resume continues" in capsys.readouterr().out
+
+
+def test_resuming_checks_the_arguments_before_it_loads_a_model(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    finetune_smollm2.main(arguments(tmp_path))
+    monkeypatch.setattr(finetune_smollm2, "load_model", pytest.fail)
+    with pytest.raises(SystemExit, match="2"):
+        finetune_smollm2.main(arguments(tmp_path))
+    assert "add --resume, or remove it" in capsys.readouterr().err
+    assert finetune_smollm2.main(arguments(tmp_path, "--resume", "--rank", "8")) == 2
+    assert "rank=4, and this one has 8" in capsys.readouterr().err
+    checkpoint = tmp_path / finetune_smollm2.CHECKPOINT
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    assert finetune_smollm2.main(arguments(tmp_path, "--resume")) == 2
+    assert "is not a checkpoint of this program" in capsys.readouterr().err
+
+
+def test_the_figures_hold_what_was_promised(whole_run: Path, model_dir: Path, data: Path) -> None:
+    result = figures(whole_run)
+    held, run = result["held_out"], result["training"]
+    for when in ("before", "after"):
+        assert held[f"perplexity_{when}"] == pytest.approx(math.exp(held[f"loss_{when}"]))
+    fall = 1 - held["perplexity_after"] / held["perplexity_before"]
+    assert held["perplexity_fall"] == pytest.approx(fall)
+    assert len(run["loss"]) == run["steps"] == 12
+    assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"])
+    assert run["epochs"] > 2  # the runs above were interrupted in more than one epoch
+    assert result["versions"]["torch"] == torch.__version__
+    assert set(result["versions"]) >= {"python", "fused-peft", "transformers"}
+    assert result["hyper_parameters"]["rank"] == 4
+    assert result["peak_rss_mib"] > 50
+    assert result["train_examples"] + result["held_out_examples"] == len(WORDS)
+    # Per Llama layer r (in + out): q, o 32+32, k, v 32+16, gate, up 32+64, down 64+32.
+    assert result["trainable_parameters"] == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    samples = result["samples_before"]
+    assert len(samples) == len(result["samples_after"]) == 3
+    assert all(sample["prompt"] in WORDS for sample in samples)
+    assert all(sample["author"].strip() in COLOURS for sample in samples)
+    assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adapter_on_disk_is_the_one_that_was_measured(
+    whole_run: Path, model_dir: Path, data: Path
+) -> None:
+    model, tokenizer = finetune_smollm2.load_model(model_dir, torch.bfloat16)
+    corpus = docstring_data.read_jsonl(data, 0.2)
+    rows = training.encode(corpus, corpus.held_out, tokenizer, 40)
+    held = figures(whole_run)["held_out"]
+    assert training.held_out_loss(model, rows, 80) == held["loss_before"]
+    fused_peft.load_adapter(model, whole_run / "adapter")
+    assert training.held_out_loss(model, rows, 80) == held["loss_after"]
+    assert held["loss_after"] != held["loss_before"]
+
+
+def test_it_learns_and_the_verdict_follows_the_figures(
+    arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--dtype", "float32", "--require-improvement", "0.25"]
+    learned = arguments(tmp_path / "a", *more, "--steps", "80", "--learning-rate", "1e-2")
+    assert finetune_smollm2.main(learned) == 0
+    assert "(required: 25%): PASSED" in capsys.readouterr().out
+    losses = figures(tmp_path / "a")["training"]["loss"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+    still = arguments(tmp_path / "b", *more, "--learning-rate", "1e-12")
+    assert finetune_smollm2.main(still) == 1
+    assert "(required: 25%): FAILED" in capsys.readouterr().out
+    assert abs(figures(tmp_path / "b")["held_out"]["perplexity_fall"]) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "0"], "--steps: expected an integer >= 1, got '0'"),
+        (["--steps", "many"], "--steps: expected an integer >= 1, got 'many'"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a number > 0"),
+        (["--dropout", "1"], "--dropout: expected a number from 0 up to below 1"),
+        (["--held-out", "1"], "--held-out: expected a number above 0 and below 1"),
+        (["--seed", "-1"], "--seed: expected an integer from 0"),
+        (["--max-length", "100"], "--max-length 100 does not fit --batch-tokens 80"),
+        (["--method", "prefix"], "--method: invalid choice"),
+        (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
+        (["--model", "missing"], "--model missing: expected a transformers folder or a .gguf"),
+        (["--model", "."], "--model .: there is no config.json"),
+        (["--out", "file"], "--out file: "),
+        (["--resume"], "--resume: there is no interrupted run in out"),
+    ],
+)
+def test_a_bad_argument_is_named_before_anything_is_loaded(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(finetune_smollm2, "load_model", pytest.fail)
+    with pytest.raises(SystemExit, match="2"):
+        finetune_smollm2.main(arguments(Path("out"), *more))
+    assert message in capsys.readouterr().err
+
+
+def test_bad_data_ends_with_status_2_before_a_model_is_loaded(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{}\n")
+    monkeypatch.setattr(finetune_smollm2, "load_model", pytest.fail)
+    assert finetune_smollm2.main(arguments(tmp_path / "out", "--data", str(path))) == 2
+    assert "line 1: expected the keys" in capsys.readouterr().err

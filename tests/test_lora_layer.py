@@ -1,0 +1,850 @@
+"""LoraLinear: what it computes, starts from, merges, keeps, and refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_peft import LoraLinear, ops, reference
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def randomize(layer: LoraLinear, seed: int = 0) -> LoraLinear:
+    """Gives every adapter of the layer a lora_B that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in [*layer.lora_A.values(), *layer.lora_B.values()]:
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(values * parameter.shape[1] ** -0.5)
+    return layer
+
+
+def make(k: int = 12, n: int = 10, seed: int = 0, **kwargs: Any) -> LoraLinear:
+    torch.manual_seed(seed)
+    return randomize(LoraLinear(k, n, **kwargs), seed)
+
+
+def truth(layer: LoraLinear, x: Tensor, names: list[str] | None = None) -> Tensor:
+    """Equation 3 of the LoRA paper in float64, from the layer's parameters."""
+    weight = layer.weight.double().t() if layer.fan_in_fan_out else layer.weight.double()
+    total = F.linear(x.double(), weight, None if layer.bias is None else layer.bias.double())
+    for name in layer.active_adapters if names is None else names:
+        update = x.double() @ layer.lora_A[name].double().t() @ layer.lora_B[name].double().t()
+        total = total + update * layer.scaling[name]
+    return total
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+def versions_and_values(layer: nn.Module) -> list[tuple[Any, ...]]:
+    return [
+        (name, id(p), p._version, p.requires_grad, p.detach().clone().tolist())
+        for name, p in layer.named_parameters()
+    ]
+
+
+# ---- forward
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=3),
+    k=st.integers(1, 20),
+    n=st.integers(1, 20),
+    r=st.integers(1, 9),
+    alpha=st.sampled_from([1, 2.5, 16]),
+    bias=st.booleans(),
+    rslora=st.booleans(),
+)
+def test_forward_is_the_equation(
+    lead: list[int], k: int, n: int, r: int, alpha: float, bias: bool, rslora: bool
+) -> None:
+    layer = make(k, n, bias=bias, r=r, lora_alpha=alpha, use_rslora=rslora, dtype=torch.float64)
+    x = torch.randn(*lead, k, dtype=torch.float64)
+    y = layer(x)
+    assert y.shape == (*lead, n)
+    assert layer.scaling["default"] == alpha / (math.sqrt(r) if rslora else r)
+    torch.testing.assert_close(y, truth(layer, x))
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_output_has_the_input_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> None:
+    layer = make(32, 24, dtype=dtype, adapter_dtype=adapter_dtype)
+    x = torch.randn(5, 32).to(dtype)
+    assert layer.lora_A["default"].dtype == (adapter_dtype or dtype)
+    assert layer.lora_B["default"].dtype == (adapter_dtype or dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    eps = max(torch.finfo(p.dtype).eps for p in layer.parameters())
+    assert relative_error(y, truth(layer, x)) < 4 * eps
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("train_bias", [False, True])
+def test_gradients(dropout: float, train_bias: bool) -> None:
+    layer = make(lora_dropout=dropout, dtype=torch.float64)
+    layer.bias.requires_grad_(train_bias)
+    x = torch.randn(3, 4, 12, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    layer(x).square().sum().backward()
+
+    torch.manual_seed(5)
+    seed = ops.new_seed() if dropout else None
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    x_again = x.detach().clone().requires_grad_()
+    reference.lora_linear(
+        x_again,
+        leaves["weight"],
+        leaves["lora_A.default"],
+        leaves["lora_B.default"],
+        leaves["bias"],
+        scaling=1.0,
+        dropout_p=dropout,
+        seed=seed,
+    ).square().sum().backward()
+    torch.testing.assert_close(x.grad, x_again.grad)
+    torch.testing.assert_close(layer.lora_A["default"].grad, leaves["lora_A.default"].grad)
+    torch.testing.assert_close(layer.lora_B["default"].grad, leaves["lora_B.default"].grad)
+    assert layer.weight.grad is None
+    if train_bias:
+        torch.testing.assert_close(layer.bias.grad, leaves["bias"].grad)
+    else:
+        assert layer.bias.grad is None
+
+
+def test_dropout_only_while_training() -> None:
+    layer = make(256, 32, lora_dropout=0.5)
+    x = torch.randn(64, 256)
+    torch.manual_seed(1)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(1)
+    again = layer(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    update = (first.double() - truth(layer, x, [])).detach().norm()
+    undropped = (truth(layer, x) - truth(layer, x, [])).detach().norm()
+    # Half of the inputs at twice the size: the update's square norm is doubled in expectation.
+    assert 1.3 < float(update / undropped) < 1.55
+    layer.eval()
+    torch.testing.assert_close(layer(x).double(), truth(layer, x), rtol=1e-4, atol=1e-5)
+
+
+ADAPTERS = {
+    "same scaling": [{}, {"r": 3, "lora_alpha": 3}],
+    "other scaling": [{"lora_alpha": 3}, {"r": 2, "lora_alpha": 7, "use_rslora": True}, {}],
+    "other dtype": [{}, {"lora_alpha": 5, "adapter_dtype": torch.float32}],
+    "dropout": [{"lora_alpha": 4}, {"lora_dropout": 0.4}, {"r": 3}],
+}
+
+
+@pytest.mark.parametrize("kinds", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_several_active_adapters_add_up(
+    kinds: list[dict[str, Any]], dtype: torch.dtype, training: bool
+) -> None:
+    layer = LoraLinear(32, 24, dtype=dtype, adapter_name="a0", **kinds[0])
+    for i, kind in enumerate(kinds[1:], 1):
+        layer.add_adapter(f"a{i}", **kind)
+    randomize(layer)
+    names = [f"a{i}" for i in range(len(kinds))][::-1]
+    layer.set_adapter(names)
+    layer.train(training)
+    x = torch.randn(2, 5, 32).to(dtype).requires_grad_()
+    y = layer(x)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    for name in names:
+        assert layer.lora_B[name].grad is not None
+    if training and any(kind.get("lora_dropout") for kind in kinds):
+        assert not torch.equal(y, layer(x))
+    else:
+        eps = max(torch.finfo(p.dtype).eps for p in layer.parameters())
+        assert relative_error(y, truth(layer, x)) < 6 * eps
+
+
+def test_dropout_of_a_further_adapter_is_its_own() -> None:
+    layer = LoraLinear(64, 8, lora_dropout=0.9, bias=False)
+    layer.add_adapter("plain")
+    randomize(layer)
+    with torch.no_grad():
+        layer.lora_B["default"].zero_()
+    layer.set_adapter(["default", "plain"])
+    x = torch.randn(7, 64)
+    torch.testing.assert_close(layer(x).double(), truth(layer, x), rtol=1e-4, atol=1e-5)
+    layer.lora_dropout.update(default=0.0, plain=0.9)
+    assert relative_error(layer(x), truth(layer, x)) > 0.1
+
+
+def test_parameters_kept_elsewhere() -> None:
+    """FSDP and DataParallel keep tensors as plain attributes."""
+    layer = make()
+    x = torch.randn(3, 12)
+    expected = layer(x)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias
+    assert torch.equal(layer(x), expected)
+
+
+def test_functional_call_takes_the_given_parameters() -> None:
+    layer, other = make(seed=1), make(seed=2)
+    x = torch.randn(3, 12)
+    values = {name: p.detach() for name, p in other.named_parameters()}
+    assert torch.equal(torch.func.functional_call(layer, values, x), other(x))
+
+
+@pytest.mark.parametrize("case", ["one", "two", "disabled", "merged", "dropout"])
+def test_compiles_to_one_graph(case: str) -> None:
+    layer = make(16, 8, lora_dropout=0.5 if case == "dropout" else 0.0)
+    if case == "two":
+        layer.add_adapter("other", lora_alpha=3)
+        randomize(layer)
+        layer.set_adapter(["default", "other"])
+    layer.enable_adapters(case != "disabled")
+    if case == "merged":
+        layer.merge()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        torch.manual_seed(4)
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert len(results[0]) == {"disabled": 2, "merged": 2, "two": 6}.get(case, 4)
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_compiled_layer_follows_set_adapter() -> None:
+    layer = make(16, 8)
+    layer.add_adapter("other", lora_alpha=3)
+    randomize(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16)
+    for names in ("default", "other", ["default", "other"], []):
+        layer.set_adapter(names)
+        torch.testing.assert_close(compiled(x).double(), truth(layer, x), rtol=1e-4, atol=1e-5)
+
+
+# ---- in place of a linear layer
+
+
+def test_from_linear_shares_the_parameters() -> None:
+    linear = nn.Linear(6, 4)
+    layer = LoraLinear.from_linear(linear, r=2)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+    assert layer.lora_A["default"].requires_grad
+    assert layer.lora_B["default"].requires_grad
+    assert (layer.in_features, layer.out_features) == (6, 4)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), linear(x))  # lora_B starts at zero
+
+
+def test_from_linear_takes_hooks_mode_and_attributes_along() -> None:
+    linear = nn.Linear(6, 4).eval()
+    linear.note = "kept"
+    handle = linear.register_forward_hook(lambda module, args, output: output + 1)
+    layer = LoraLinear.from_linear(linear)
+    x = torch.randn(3, 6)
+    assert not layer.training
+    assert layer.note == "kept"
+    torch.testing.assert_close(layer(x), F.linear(x, linear.weight, linear.bias) + 1)
+    handle.remove()
+    torch.testing.assert_close(layer(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_from_linear_leaves_the_linear_whole() -> None:
+    linear = nn.Linear(6, 4)
+    layer = LoraLinear.from_linear(linear)
+    assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
+    assert type(linear) is nn.Linear
+    shared = linear.weight
+    layer.weight = nn.Parameter(torch.zeros(4, 6))
+    assert linear.weight is shared
+
+
+def test_from_linear_drops_a_compiled_forward() -> None:
+    linear = nn.Linear(6, 4)
+    linear.compile(backend="eager")
+    layer = randomize(LoraLinear.from_linear(linear))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x).double(), truth(layer, x), rtol=1e-5, atol=1e-6)
+
+
+def test_conv1d() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    base = conv1d(10, 6)  # out, in
+    nn.init.normal_(base.bias)
+    layer = randomize(LoraLinear.from_linear(base, r=2))
+    assert layer.weight is base.weight
+    assert layer.fan_in_fan_out
+    assert (layer.in_features, layer.out_features) == (6, 10)
+    assert layer.lora_A["default"].shape == (2, 6)
+    x = torch.randn(3, 5, 6)
+    unmerged = layer(x)
+    assert relative_error(unmerged, truth(layer, x)) < 1e-6
+    assert relative_error(unmerged, base(x).double()) > 0.01
+    layer.merge()
+    torch.testing.assert_close(layer(x), unmerged)
+    torch.testing.assert_close(base(x), unmerged)  # the shared weight
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def patched() -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.forward = lambda x: x  # type: ignore[method-assign]
+    return linear
+
+
+def integer_weight() -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (nn.Conv2d(1, 1, 1), "Conv2d"),
+        (nn.Embedding(2, 2), "Embedding"),
+        (OwnForward(2, 2), "OwnForward with a forward of its own"),
+        (patched(), "forward of its own"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "no plain parameter"),
+        (integer_weight(), "int8"),
+        (LoraLinear(2, 2), "add_adapter"),
+    ],
+)
+def test_from_linear_refuses(module: nn.Module, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        LoraLinear.from_linear(module)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "said"),
+    [
+        ({"r": 0}, ValueError, "r is 0"),
+        ({"r": -3}, ValueError, "r is -3"),
+        ({"r": 2.0}, TypeError, r"r is 2\.0"),
+        ({"r": True}, TypeError, "r is True"),
+        ({"lora_alpha": 0}, ValueError, "lora_alpha is 0"),
+        ({"lora_alpha": math.nan}, ValueError, "lora_alpha is nan"),
+        ({"lora_alpha": "8"}, TypeError, "lora_alpha is '8'"),
+        ({"lora_dropout": 1.0}, ValueError, r"lora_dropout is 1\.0"),
+        ({"lora_dropout": -0.1}, ValueError, r"lora_dropout is -0\.1"),
+        ({"init_lora_weights": "pisa"}, ValueError, "init_lora_weights is 'pisa'"),
+        ({"init_lora_weights": None}, ValueError, "init_lora_weights is None"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, ValueError, "even rank"),
+        ({"init_lora_weights": "pissa", "r": 5}, ValueError, "r <= 4"),
+        ({"init_lora_weights": "olora", "r": 5}, ValueError, "r <= 4"),
+        ({"adapter_name": "a.b"}, ValueError, r"adapter_name is 'a\.b'"),
+        ({"adapter_name": ""}, ValueError, "adapter_name is ''"),
+        ({"adapter_name": "keys"}, ValueError, "adapter_name is 'keys'"),
+        ({"adapter_name": "training"}, ValueError, "adapter_name is 'training'"),
+        ({"adapter_name": 3}, TypeError, "adapter_name is 3"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], said: str) -> None:
+    linear = nn.Linear(6, 4)
+    before = versions_and_values(linear)
+    with pytest.raises(error, match=said):
+        LoraLinear.from_linear(linear, **kwargs)
+    assert versions_and_values(linear) == before
+    with pytest.raises(error, match=said):
+        LoraLinear(6, 4, **kwargs)
+    layer = LoraLinear(6, 4)
+    before = versions_and_values(layer)
+    name = kwargs.get("adapter_name", "second")
+    with pytest.raises(error, match=said):
+        layer.add_adapter(name, **{k: v for k, v in kwargs.items() if k != "adapter_name"})
+    assert versions_and_values(layer) == before
+    assert list(layer.r) == ["default"]
+
+
+# ---- starts
+
+
+def test_default_start_is_kaiming_and_zero() -> None:
+    layer = LoraLinear(400, 300, r=16)
+    bound = 1 / math.sqrt(400)
+    a = layer.lora_A["default"]
+    assert a.abs().max() <= bound
+    torch.testing.assert_close(a.std().item(), bound / math.sqrt(3), rtol=0.05, atol=0)
+    assert not layer.lora_B["default"].any()
+
+
+def test_gaussian_start() -> None:
+    layer = LoraLinear(400, 300, r=16, init_lora_weights="Gaussian")
+    torch.testing.assert_close(layer.lora_A["default"].std().item(), 1 / 16, rtol=0.05, atol=0)
+    assert layer.lora_A["default"].abs().max() > 2.5 / 16  # no uniform draw reaches that
+    assert not layer.lora_B["default"].any()
+
+
+def test_random_start() -> None:
+    layer = LoraLinear(400, 300, r=16, init_lora_weights=False)
+    b = layer.lora_B["default"]
+    assert b.abs().max() <= 1 / 4
+    torch.testing.assert_close(b.std().item(), 1 / 4 / math.sqrt(3), rtol=0.05, atol=0)
+
+
+def test_orthogonal_start() -> None:
+    layer = LoraLinear(400, 300, r=16, init_lora_weights="orthogonal")
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    assert (b @ a).abs().max() < 1e-6
+    # Each is normal / 10 times half of an orthonormal basis of 16: variance 1/100 * 8/16.
+    torch.testing.assert_close(a.std().item(), 0.1 * math.sqrt(0.5), rtol=0.1, atol=0)
+    torch.testing.assert_close(b.std().item(), 0.1 * math.sqrt(0.5), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "pissa_niter_8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_starts_from_the_weight_keep_the_output(
+    kind: str, dtype: torch.dtype, transposed: bool
+) -> None:
+    torch.manual_seed(0)
+    if transposed:
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        base = conv1d(24, 32).to(dtype)
+    else:
+        base = nn.Linear(32, 24, dtype=dtype)
+    original = base.weight.detach().clone()
+    x = torch.randn(5, 32).to(dtype)
+    expected = base(x).double()
+    layer = LoraLinear.from_linear(
+        base, r=4, lora_alpha=6, init_lora_weights=kind, adapter_dtype=torch.float32
+    )
+    assert not torch.equal(layer.weight, original)
+    assert relative_error(layer(x), expected) < 4 * max(torch.finfo(dtype).eps, 1e-7)
+    layer.merge()
+    rounding = 2 * torch.finfo(dtype).eps * original.abs().max().item()
+    torch.testing.assert_close(layer.weight.detach(), original, rtol=0, atol=rounding)
+
+
+def test_pissa_takes_the_leading_singular_values() -> None:
+    linear = nn.Linear(20, 30, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+    layer = LoraLinear.from_linear(linear, r=3, lora_alpha=6, init_lora_weights="pissa")
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    torch.testing.assert_close(2.0 * b @ a, u[:, :3] @ torch.diag(s[:3]) @ vh[:3])
+    torch.testing.assert_close(a @ a.t(), torch.diag(s[:3] / 2))
+    torch.testing.assert_close(torch.linalg.svdvals(layer.weight)[: 20 - 3], s[3:])
+
+
+def test_olora_is_the_leading_part_of_qr() -> None:
+    linear = nn.Linear(20, 30, dtype=torch.float64)
+    original = linear.weight.detach().clone()
+    q, upper = torch.linalg.qr(original)
+    layer = LoraLinear.from_linear(linear, r=3, lora_alpha=6, init_lora_weights="olora")
+    torch.testing.assert_close(layer.lora_A["default"].detach(), upper[:3])
+    torch.testing.assert_close(layer.lora_B["default"].detach(), q[:, :3])
+    torch.testing.assert_close(layer.weight.detach(), original - 2.0 * q[:, :3] @ upper[:3])
+
+
+def test_starts_from_the_weight_under_autocast() -> None:
+    linear = nn.Linear(32, 24)
+    original = linear.weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = LoraLinear.from_linear(linear, init_lora_weights="pissa")
+        layer.merge()
+    torch.testing.assert_close(layer.weight.detach(), original, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_from_the_weight_need_its_values(kind: str) -> None:
+    linear = nn.Linear(6, 4)
+    with torch.no_grad():
+        linear.weight[1, 2] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        LoraLinear.from_linear(linear, r=2, init_lora_weights=kind)
+    assert linear.weight.requires_grad
+    with pytest.raises(ValueError, match="meta"):
+        LoraLinear.from_linear(nn.Linear(6, 4, device="meta"), r=2, init_lora_weights=kind)
+    layer = make(6, 4)
+    layer.merge()
+    with pytest.raises(ValueError, match="unmerge first"):
+        layer.add_adapter("other", r=2, init_lora_weights=kind)
+
+
+# ---- merging
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_merge_rounds_once(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> None:
+    layer = make(dtype=dtype, adapter_dtype=adapter_dtype, lora_alpha=5)
+    layer.add_adapter("other", r=3, adapter_dtype=adapter_dtype)
+    randomize(layer)
+    layer.set_adapter(["default", "other"])
+    weight, version = layer.weight, layer.weight._version
+    before = weight.detach().clone()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = before.to(wide)
+    for name in ("default", "other"):
+        delta = layer.lora_B[name].to(wide) @ layer.lora_A[name].to(wide)
+        expected = expected + layer.scaling[name] * delta.detach()
+    layer.merge()
+    assert layer.merged
+    assert layer.merged_adapters == ["default", "other"]
+    assert layer.weight is weight
+    assert weight._version > version
+    if dtype in HALF:
+        assert (weight.detach() != expected.to(dtype)).float().mean() < 0.02  # ties of fp32 sums
+    torch.testing.assert_close(weight.detach(), expected.to(dtype))
+    layer.unmerge()
+    assert not layer.merged
+    rounding = torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(weight.detach(), before, rtol=0, atol=2 * rounding)
+
+
+@settings(max_examples=15, deadline=None)
+@given(k=st.integers(1, 16), n=st.integers(1, 16), r=st.integers(1, 6), safe=st.booleans())
+def test_merged_layer_computes_the_same(k: int, n: int, r: int, safe: bool) -> None:
+    layer = make(k, n, r=r, dtype=torch.float64)
+    x = torch.randn(3, k, dtype=torch.float64)
+    expected = layer(x)
+    layer.merge(safe=safe)
+    torch.testing.assert_close(layer(x), expected)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_merge_under_autocast_keeps_precision() -> None:
+    layer, plain = make(), make()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge()
+    plain.merge()
+    assert torch.equal(layer.weight, plain.weight)
+
+
+def test_merge_by_name_and_again() -> None:
+    layer = make()
+    layer.add_adapter("other")
+    randomize(layer)
+    x = torch.randn(2, 12)
+    layer.merge(adapter_names=["other"])
+    assert layer.merged_adapters == ["other"]
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.merge()
+    assert layer.merged_adapters == ["other", "default"]
+    with pytest.warns(UserWarning, match="merged already"):
+        layer.merge()
+    layer.unmerge()
+    with pytest.warns(UserWarning, match="no adapter is merged"):
+        layer.unmerge()
+    with pytest.raises(TypeError, match="adapter_names is 'other'"):
+        layer.merge(adapter_names="other")
+    with pytest.raises(ValueError, match=r"'othr' is unknown.*near matches: other"):
+        layer.merge(adapter_names=["othr"])
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_safe_merge_leaves_the_layer_alone(bad: float) -> None:
+    layer = make()
+    layer.add_adapter("broken")
+    randomize(layer)
+    layer.set_adapter(["default", "broken"])
+    with torch.no_grad():
+        layer.lora_B["broken"][3, 1] = bad
+    before = layer.weight.detach().clone()
+    version = layer.weight._version
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        layer.merge(safe=True)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight._version == version
+    assert not layer.merged
+    layer.merge()
+    assert not torch.isfinite(layer.weight).all()
+
+
+# ---- several adapters, switched
+
+
+def test_disabled_layer_is_the_base() -> None:
+    layer = make()
+    x = torch.randn(2, 12)
+    with_adapter = layer(x)
+    layer.enable_adapters(False)
+    assert not layer.adapters_enabled
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.enable_adapters(True)
+    assert torch.equal(layer(x), with_adapter)
+
+
+def test_disabled_merged_layer_is_unmerged_in_forward() -> None:
+    layer = make(dtype=torch.float64)
+    x = torch.randn(2, 12, dtype=torch.float64)
+    base = truth(layer, x, [])
+    with_adapter = layer(x)
+    layer.merge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), base)
+    assert not layer.merged
+    layer.enable_adapters(True)
+    torch.testing.assert_close(layer(x), with_adapter)
+
+
+def test_set_adapter_trains_only_the_active() -> None:
+    layer = make()
+    layer.add_adapter("other", lora_alpha=3)
+    randomize(layer)
+    assert layer.active_adapters == ["default"]
+    flags = lambda: {n: p.requires_grad for n, p in layer.named_parameters()}  # noqa: E731
+    assert [n for n, on in flags().items() if on] == ["lora_A.default", "lora_B.default"]
+    layer.set_adapter("other")
+    assert [n for n, on in flags().items() if on] == ["lora_A.other", "lora_B.other"]
+    x = torch.randn(2, 12)
+    torch.testing.assert_close(layer(x).double(), truth(layer, x, ["other"]), atol=1e-5, rtol=1e-5)
+    layer.set_adapter(["other", "default"], inference_mode=True)
+    assert not any(flags().values())
+    layer.set_adapter([])
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match="'nope' is unknown"):
+        layer.set_adapter(["default", "nope"])
+    with pytest.raises(ValueError, match="each adapter once"):
+        layer.set_adapter(["default", "default"])
+    assert layer.active_adapters == []
+
+
+def test_set_adapter_unmerges_first() -> None:
+    layer = make()
+    layer.add_adapter("other")
+    before = layer.weight.detach().clone()
+    layer.merge()
+    with pytest.warns(UserWarning, match="unmerged"):
+        layer.set_adapter("other")
+    assert not layer.merged
+    torch.testing.assert_close(layer.weight.detach(), before)
+
+
+def test_lists_of_names_are_copies() -> None:
+    layer = make()
+    layer.active_adapters.append("x")
+    layer.merged_adapters.append("x")
+    assert layer.active_adapters == ["default"]
+    assert not layer.merged
+
+
+def test_add_adapter_twice() -> None:
+    layer = make()
+    with pytest.raises(ValueError, match=r"adapter_name is 'default'; the layer has \['default'\]"):
+        layer.add_adapter("default")
+
+
+def test_delete_adapter() -> None:
+    layer = make()
+    layer.add_adapter("other", r=2)
+    layer.add_adapter("third", r=2)
+    randomize(layer)
+    layer.set_adapter(["default", "third"])
+    layer.delete_adapter("third")
+    assert layer.active_adapters == ["default"]
+    layer.delete_adapter("default")
+    assert layer.active_adapters == ["other"]
+    assert layer.lora_A["other"].requires_grad
+    assert [n for n, _ in layer.named_parameters()] == [
+        "weight",
+        "bias",
+        "lora_A.other",
+        "lora_B.other",
+    ]
+    layer.merge()
+    with pytest.raises(ValueError, match="unmerge first"):
+        layer.delete_adapter("other")
+    layer.unmerge()
+    layer.delete_adapter("other")
+    x = torch.randn(2, 12)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match="'other' is unknown"):
+        layer.delete_adapter("other")
+
+
+def test_deleting_keeps_an_adapter_for_inference_frozen() -> None:
+    layer = make()
+    layer.add_adapter("other")
+    layer.set_adapter("default", inference_mode=True)
+    layer.delete_adapter("default")
+    assert layer.active_adapters == ["other"]
+    assert not layer.lora_A["other"].requires_grad
+
+
+# ---- state
+
+
+def test_plain_state_dict_loads() -> None:
+    linear, layer = nn.Linear(12, 10), make()
+    missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
+    assert sorted(missing) == ["lora_A.default", "lora_B.default"]
+    assert unexpected == []
+    assert torch.equal(layer.weight, linear.weight)
+
+
+def test_state_dict_round_trip() -> None:
+    layer, other = make(seed=1), make(seed=2)
+    x = torch.randn(3, 12)
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_whole_and_apart(how: str) -> None:
+    layer = make(lora_dropout=0.1)
+    layer.add_adapter("other", lora_alpha=3)
+    randomize(layer)
+    layer.set_adapter(["other", "default"])
+    layer.eval()
+    copied = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))  # noqa: S301
+    x = torch.randn(3, 12)
+    assert torch.equal(copied(x), layer(x))
+    assert repr(copied) == repr(layer)
+    flags = [p.requires_grad for p in layer.parameters()]
+    assert [p.requires_grad for p in copied.parameters()] == flags
+    copied.set_adapter("default")
+    copied.merge()
+    copied.scaling["default"] = 7.0
+    assert layer.active_adapters == ["other", "default"]
+    assert not layer.merged
+    assert layer.scaling["default"] == 1.0
+    assert not torch.equal(copied.weight, layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    ],
+)
+def test_conversions(convert: Any, dtype: torch.dtype) -> None:
+    layer = make()
+    x = torch.randn(3, 12)
+    expected = truth(layer, x)
+    layer = convert(layer)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    y = layer(x.to(dtype))
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < max(4 * torch.finfo(dtype).eps, 1e-6)
+
+
+def test_meta_device() -> None:
+    layer = LoraLinear(12, 10, r=4, device="meta")
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert layer(torch.empty(3, 12, device="meta")).shape == (3, 10)
+    source = make(r=4)
+    assigned = copy.deepcopy(layer)
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(3, 12)
+    assert torch.equal(assigned(x), source(x))
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(math.nan)
+    layer.reset_parameters()
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    bound = 1 / math.sqrt(12)
+    assert 0.5 * bound < layer.lora_A["default"].abs().max() <= bound
+    assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_reset_of_a_start_from_the_weight(kind: str) -> None:
+    layer = LoraLinear(12, 10, r=3, lora_alpha=6, init_lora_weights=kind)
+    layer.reset_parameters()
+    first = layer.weight + 2 * layer.lora_B["default"] @ layer.lora_A["default"]
+    before = torch.linalg.svdvals(first)
+    if kind == "pissa":
+        torch.testing.assert_close(torch.linalg.svdvals(layer.weight)[:7], before[3:])
+    layer.merge()
+    torch.testing.assert_close(layer.weight, first)
+    with pytest.raises(ValueError, match="unmerge first"):
+        layer.reset_adapter("default")
+
+
+def test_repr_shows_the_adapters() -> None:
+    layer = make(r=4, lora_alpha=16, lora_dropout=0.25, use_rslora=True)
+    text = repr(layer)
+    assert "in_features=12, out_features=10, bias=True" in text
+    assert "default: r=4, lora_alpha=16, lora_dropout=0.25, use_rslora=True" in text
+    assert "active=['default'], merged=[]" in text
+    layer.merge()
+    assert "merged=['default']" in repr(layer)
+    layer.enable_adapters(False)
+    assert "disabled" in repr(layer)
+
+
+# ---- the same as PEFT's layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [["a"], ["b", "a"]])
+def test_equals_peft(dtype: torch.dtype, names: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 40, dtype=dtype)
+    kinds = {"a": {"r": 4, "lora_alpha": 12}, "b": {"r": 8, "use_rslora": True}}
+    theirs = peft.tuners.lora.Linear(
+        copy.deepcopy(linear), "a", peft.LoraConfig(**kinds["a"]), r=4, lora_alpha=12
+    )
+    theirs.update_layer("b", 8, 8, peft.LoraConfig(**kinds["b"]))
+    ours = LoraLinear.from_linear(linear, adapter_name="a", **kinds["a"])
+    ours.add_adapter("b", **kinds["b"])
+    randomize(ours)
+    for name in ("a", "b"):
+        theirs.lora_A[name].weight.data.copy_(ours.lora_A[name])
+        theirs.lora_B[name].weight.data.copy_(ours.lora_B[name])
+    ours.set_adapter(names)
+    theirs.set_adapter(names)
+    x = torch.randn(6, 48).to(dtype)
+    expected = truth(ours, x)
+    error = relative_error(ours(x), expected)
+    assert error <= 1.05 * relative_error(theirs(x), expected) + 1e-7
+    assert error < 2 * torch.finfo(dtype).eps
+    ours.merge()
+    theirs.merge()
+    # PEFT rounds each delta to the weight's dtype before it adds them, we only the sum.
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        ours.weight.detach(), theirs.base_layer.weight.detach(), rtol=3 * ulp, atol=3 * ulp
+    )
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_equal_peft(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 20)
+    config = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights=kind)
+    theirs = peft.tuners.lora.Linear(copy.deepcopy(linear), "default", config, 4, 12)
+    ours = LoraLinear.from_linear(linear, r=4, lora_alpha=12, init_lora_weights=kind)
+    torch.testing.assert_close(
+        ours.lora_B["default"] @ ours.lora_A["default"],
+        theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight,
+    )
+    torch.testing.assert_close(ours.weight.detach(), theirs.base_layer.weight.detach())
