@@ -31,6 +31,7 @@ from torch.nn import functional as F
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.99)
 CHECKPOINT_FORMAT = 1
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Batch:
 
     ids: Tensor
     """``[B, T]`` int64."""
-    predicts: Tensor
-    """``[B, T]`` bool: where the next token is one to learn."""
     targets: Tensor
-    """``[n]`` int64: those next tokens, in row-major order."""
+    """``[B, T]`` int64: the token to predict at each position, or IGNORED."""
+    at_head: Tensor
+    """``[B, T]`` bool: the positions that go through the output head, all targets among them."""
     tokens: int
     """How many of ``ids`` are not padding."""
 
@@ -112,16 +113,25 @@ def encode(corpus: Corpus, examples: list[Example], tokenizer: Any, limit: int) 
     return encoded
 
 
+def padded(length: int) -> int:
+    """The next multiple of 8: few lengths mean few kernels compiled and buffers that fit again."""
+    return -(-length // 8) * 8
+
+
 def collate(rows: list[Encoded]) -> Batch:
     """One batch of ``rows``, padded on the right with token 0, which nothing attends to."""
-    length = max(len(row.ids) for row in rows)
+    length = padded(max(len(row.ids) for row in rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    predicts = torch.zeros(len(rows), length, dtype=torch.bool)
+    targets = torch.full_like(ids, IGNORED)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        predicts[index, max(0, row.prompt_length - 1) : len(row.ids) - 1] = True
-    targets = ids.roll(-1, dims=1)[predicts]
-    return Batch(ids, predicts, targets, sum(len(row.ids) for row in rows))
+        first = max(1, row.prompt_length)
+        targets[index, first - 1 : len(row.ids) - 1] = ids[index, first : len(row.ids)]
+    at_head = targets != IGNORED
+    # Rounded up like the lengths, by positions whose logits nothing reads.
+    missing = -int(at_head.sum()) % 64
+    at_head.view(-1)[(~at_head).view(-1).nonzero()[:missing]] = True
+    return Batch(ids, targets, at_head, sum(len(row.ids) for row in rows))
 
 
 def batches_by_length(lengths: list[int], batch_tokens: int, order: Tensor) -> list[list[int]]:
@@ -130,9 +140,9 @@ def batches_by_length(lengths: list[int], batch_tokens: int, order: Tensor) -> l
     ``order`` [n] decides which rows of equal length meet: a random one mixes them anew each epoch.
     """
     batches: list[list[int]] = []
-    for index in sorted(order.tolist(), key=lambda row: lengths[row]):
+    for index in sorted(order.tolist(), key=lambda row: padded(lengths[row])):
         # Rows come shortest first, so this one sets the width of the batch it joins.
-        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
+        if not batches or (len(batches[-1]) + 1) * padded(lengths[index]) > batch_tokens:
             batches.append([])
         batches[-1].append(index)
     return batches
@@ -158,15 +168,17 @@ def completion_losses(model: Any, batch: Batch) -> Tensor:
     token never sees the padding to its right, and without a mask the faster attention runs.
     """
 
-    def keep_predicting(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][batch.predicts],)
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][batch.at_head],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_predicting)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits = model(input_ids=batch.ids, use_cache=False).logits
     finally:
         hook.remove()
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    targets = batch.targets[batch.at_head]
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+    return losses[targets != IGNORED]
 
 
 def keep_freed_memory() -> None:

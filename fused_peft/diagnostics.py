@@ -35,9 +35,8 @@ def explain(layer: LoraLinear, x: Tensor) -> str:
     if not names:
         return "torch: F.linear on the base weight, because no adapter is active"
     weight = layer.weight
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = ops.autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     name = names[0]
     reason = ops.fallback_reason(x, weight, layer.lora_A[name], layer.lora_B[name])

@@ -32,6 +32,13 @@ def new_seed(device: torch.device | str = "cpu") -> Tensor:
     return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on this kind of device now, None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
     """Why no kernel covers these operands, or None where one does.
 
@@ -139,9 +146,8 @@ def lora_linear(
         RuntimeError: on a second derivative, which the kernels do not have. Inside ``torch.func``
             transforms and forward-mode AD the plain torch ops run, which have them all.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_operands(x, weight, lora_a, lora_b, bias)

@@ -690,8 +690,11 @@ def test_a_further_adapter_freezes_the_weights_it_is_put_over() -> None:
     model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
     model.score.requires_grad_(True)
     model.embed.requires_grad_(True)
-    add_adapter(model, LoraConfig(target_modules=["score"]), "other")
+    model.conv.requires_grad_(True)
+    config = LoraConfig(target_modules=["score"], modules_to_save=["conv"])
+    add_adapter(model, config, "other")
     assert not model.score.weight.requires_grad
+    assert not any(p.requires_grad for p in model.conv.parameters())
     assert model.embed.weight.requires_grad  # as the user set it
 
 
@@ -771,6 +774,15 @@ def test_delete_adapter() -> None:
         delete_adapter(model, "third")
     get_peft_model(model, LoraConfig(target_modules=["q_proj"]), "fourth")
     assert active_adapters(model) == ["fourth"]
+
+
+def test_deleting_one_of_two_active_activates_no_third() -> None:
+    model = two_adapters()
+    add_adapter(model, LoraConfig(target_modules=["v_proj"]), "third")
+    set_adapter(model, ["first", "second"])
+    delete_adapter(model, "second")
+    assert active_adapters(model) == ["first"]
+    assert trainable(model) == {n for n in trainable(model) if n.endswith(".first")}
 
 
 def test_one_adapter_with_biases() -> None:

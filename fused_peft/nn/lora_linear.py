@@ -144,11 +144,9 @@ class LoraLinear(nn.Linear):
         layer._modules = {}
         # What linear.compile() left would go on to run linear.
         layer.__dict__.pop("_compiled_call_impl", None)
-        fan_in_fan_out = is_conv1d(linear)
-        layer.out_features, layer.in_features = layer.weight.shape
-        if fan_in_fan_out:
-            layer.in_features, layer.out_features = layer.weight.shape
-        layer._set_up(fan_in_fan_out)
+        layer._set_up(is_conv1d(linear))
+        shape = layer.weight.shape
+        layer.out_features, layer.in_features = reversed(shape) if layer.fan_in_fan_out else shape
         return layer
 
     def _set_up(self, fan_in_fan_out: bool) -> None:

@@ -171,17 +171,21 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if merged:
         raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]!r}; unmerge first")
     was_active = active_adapters(model)
+    still_active = [name for name in was_active if name != adapter_name]
     trainable = any(layer.lora_A[adapter_name].requires_grad for _, layer in layers)
     config = _configs(model).pop(adapter_name, None)
     if config is not None and config.bias != "none":
         _train_biases(model, config.bias, False)
     for _, layer in layers:
+        alone = layer.active_adapters == [adapter_name]
         layer.delete_adapter(adapter_name)
+        if alone and still_active:
+            layer.set_adapter([])  # the layer's own choice would be one that is not active
     for _, wrapper in _modules(model, ModulesToSaveWrapper):
         if adapter_name in wrapper.modules_to_save:
             wrapper.delete_adapter(adapter_name)
     left = _adapter_names(model)
-    if left and was_active == [adapter_name]:
+    if left and was_active and not still_active:
         warnings.warn(f"adapter {adapter_name!r} was active; now {left[0]!r} is", stacklevel=2)
         set_adapter(model, left[0], inference_mode=not trainable)
 

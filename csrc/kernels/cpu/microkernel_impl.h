@@ -110,45 +110,44 @@ inline void clear(Vec (&acc)[kRows][kVecs]) {
     for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
 }
 
-// A float result keeps every rounding of its sum, so long sums are formed of short ones: the error
-// then grows with the root of kChunkSteps plus the number of chunks, not with the root of all steps.
-// A bfloat16 result hides them under its own rounding.
-constexpr int64_t kChunkSteps = 64;
+// A float result keeps every rounding of its sum, so long sums are formed of short ones, each from
+// zero, the low-rank tail being the first: the error then grows with the root of kChunkSteps plus
+// the number of chunks. A bfloat16 result hides it under its own rounding.
+constexpr int64_t kChunkSteps = 16;
 
-template <class Multiply, int kRows, int kVecs>
-inline void multiply_chunks(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
-  const char* a = args.a;
-  const float* b = args.b;
-  int64_t steps = args.steps;
-  Vec sum[kRows][kVecs];
-  clear(sum);
-  for (; steps > kChunkSteps; steps -= kChunkSteps) {
-    multiply_steps<Multiply>(a, args.lda, b, kChunkSteps, acc);
+template <int kRows, int kVecs>
+inline void multiply_chunks(const char* a, int64_t lda, const float* b, int64_t steps,
+                            Vec (&acc)[kRows][kVecs], Vec (&sum)[kRows][kVecs]) {
+  for (; steps > 0; steps -= kChunkSteps) {
+    clear(acc);
+    multiply_steps<MultiplyFloat>(a, lda, b, steps < kChunkSteps ? steps : kChunkSteps, acc);
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVecs; ++j) sum[i][j] += acc[i][j];
-    clear(acc);
     a += 4 * kChunkSteps;
     b += kChunkSteps * kVecs * kLanes;
   }
-  multiply_steps<Multiply>(a, args.lda, b, steps, acc);
-#pragma GCC unroll 24
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-    for (int j = 0; j < kVecs; ++j) acc[i][j] += sum[i][j];
 }
 
 template <class Multiply, int kRows, int kVecs>
 void micro_kernel(const TileArgs& args) {
   Vec acc[kRows][kVecs];
   clear(acc);
-  if (args.tail_pairs)
-    multiply_steps<Multiply>(args.s, args.lds, args.up, args.tail_steps, acc);
-  else
-    multiply_steps<MultiplyFloat>(args.s, args.lds, args.up, args.tail_steps, acc);
-  if constexpr (std::is_same_v<Multiply, MultiplyFloat>)
-    multiply_chunks<Multiply>(args, acc);
-  else
+  if constexpr (std::is_same_v<Multiply, MultiplyFloat>) {
+    Vec sum[kRows][kVecs];
+    clear(sum);
+    multiply_chunks(args.s, args.lds, args.up, args.tail_steps, acc, sum);
+    multiply_chunks(args.a, args.lda, args.b, args.steps, acc, sum);
+#pragma GCC unroll 24
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = sum[i][j];
+  } else {
+    if (args.tail_pairs)
+      multiply_steps<Multiply>(args.s, args.lds, args.up, args.tail_steps, acc);
+    else
+      multiply_steps<MultiplyFloat>(args.s, args.lds, args.up, args.tail_steps, acc);
     multiply_steps<Multiply>(args.a, args.lda, args.b, args.steps, acc);
+  }
   if (args.out) {
     with_dtype(args.out_dtype, [&](auto* type) {
       write_registers<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(args, acc);

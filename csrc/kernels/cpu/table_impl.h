@@ -21,16 +21,16 @@ inline void transpose(const float* src, int64_t src_stride, int64_t rows, int64_
   }
 }
 
+// Sums of short sums, for the reason given at kChunkSteps.
 inline void column_sum(const MatrixView& a, int64_t rows, int64_t c0, int64_t c1, void* out,
                        DType out_dtype) {
-  constexpr int64_t kBlockRows = 64;  // sums of block sums: the error grows with the root of rows
   for (int64_t j = c0; j < c1; j += kLanes) {
     Vec sum = {};
     with_dtype(a.dtype, [&](auto* type) {
       const auto* p = static_cast<decltype(type)>(a.data) + j;
-      for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
+      for (int64_t i0 = 0; i0 < rows; i0 += kChunkSteps) {
         Vec block = {};
-        for (int64_t i = i0; i < rows && i < i0 + kBlockRows; ++i)
+        for (int64_t i = i0; i < rows && i < i0 + kChunkSteps; ++i)
           block += load_partial(p + i * a.row_stride, c1 - j);
         sum += block;
       }

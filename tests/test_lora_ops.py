@@ -1,0 +1,451 @@
+"""The ops against float64 and against plain torch at the same dtype, on every instruction set."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_peft import LoraLinear, _C, ops, reference
+
+ISAS = _C.available_cpu_isas()
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp16-fp32": (torch.float16, torch.float32),
+}
+# M, N, K, R: one row, decode, primes, nothing a multiple of 8, ranks up to 256, long sums.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 64, 96, 16),
+    (5, 17, 23, 3),
+    (16, 100, 130, 8),
+    (17, 48, 64, 16),
+    (64, 96, 128, 16),
+    (101, 67, 131, 7),
+    (130, 50, 70, 64),
+    (40, 40, 48, 256),
+    (513, 36, 52, 5),
+    (33, 20, 2100, 12),
+    (33, 2100, 20, 12),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Forces one instruction set, and fills uninitialised memory with NaN."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    _C.set_cpu_isa(before)
+
+
+def make(m, n, k, r, dtype, adapter_dtype, seed=0, lead=()):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=1.0):
+        return torch.randn(*shape, generator=g) * scale
+
+    return {
+        "x": draw(*lead, m, k).to(dtype),
+        "weight": draw(n, k, scale=k**-0.5).to(dtype),
+        "lora_a": draw(r, k, scale=k**-0.5).to(adapter_dtype),
+        "lora_b": draw(n, r, scale=r**-0.5).to(adapter_dtype),
+        "bias": draw(n).to(dtype),
+        "dy": draw(*lead, m, n).to(dtype),
+    }
+
+
+def run(fn, t, **kwargs):
+    """y and the gradients of x, lora_a, lora_b, bias."""
+    leaves = {
+        name: t[name].detach().clone().requires_grad_()
+        for name in ("x", "lora_a", "lora_b", "bias")
+    }
+    y = fn(leaves["x"], t["weight"], leaves["lora_a"], leaves["lora_b"], leaves["bias"], **kwargs)
+    y.backward(t["dy"])
+    return {"y": y.detach()} | {"d" + name: leaf.grad for name, leaf in leaves.items()}
+
+
+def exact(t, **kwargs):
+    return run(reference.lora_linear, {k: v.double() for k, v in t.items()}, **kwargs)
+
+
+def relative_error(out, ref):
+    norm = ref.norm()
+    return ((out.double() - ref).norm() / norm if norm > 0 else (out.double() - ref).norm()).item()
+
+
+def assert_no_worse_than_torch(t, **kwargs):
+    """The rule: no error is larger than that of plain torch at the same dtype.
+
+    Two sets of n independent rounding errors of one size have norms that differ by about
+    1 / sqrt(n) of it by chance, so four of those are allowed, and half a unit of the format for a
+    single number. The gradients of a few rows inherit the errors of s: [M, R] of them.
+    """
+    independent = t["dy"][..., 0].numel() * t["lora_a"].shape[0]
+    ours = run(ops.lora_linear, t, **kwargs)
+    torchs = run(reference.lora_linear, t, **kwargs)
+    truth = exact(t, **kwargs)
+    for name, ref in truth.items():
+        assert ours[name].dtype == torchs[name].dtype
+        assert ours[name].shape == torchs[name].shape
+        error, allowed = relative_error(ours[name], ref), relative_error(torchs[name], ref)
+        by_chance = 4.0 / math.sqrt(max(1, min(ref.numel(), independent)))
+        unit = torch.finfo(ours[name].dtype).eps / 2
+        assert error <= allowed * (1 + by_chance) + unit * by_chance, (name, error, allowed)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_not_above_plain_torch(isa, shape, dtypes):
+    assert_no_worse_than_torch(make(*shape, *DTYPES[dtypes]), scaling=0.7)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 20, 70, 4), (70, 65, 131, 9), (600, 40, 64, 8)], ids=str)
+def test_dropout_matches_the_reference_mask(isa, shape, dtypes):
+    seed = torch.tensor(0x0123456789ABCDEF)
+    t = make(*shape, *DTYPES[dtypes])
+    assert_no_worse_than_torch(t, scaling=0.7, dropout_p=0.3, seed=seed)
+
+
+def test_dropout_mask_against_known_philox_words():
+    # Random123's known-answer test for philox4x32-10, counter 0, key 0.
+    words = reference.philox4x32(torch.zeros(1, dtype=torch.int64), torch.tensor(0))
+    assert [hex(w) for w in words[0].tolist()] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
+
+
+def test_dropout_rate_and_seed(isa):
+    x = torch.ones(1, 100_000)
+    keep = []
+    for seed in (1, 2, 1):
+        lora_a, lora_b = torch.ones(1, 100_000), torch.ones(1, 1)
+        y = ops.lora_linear(
+            x, torch.zeros(1, 100_000), lora_a, lora_b,
+            scaling=1.0, dropout_p=0.25, seed=torch.tensor(seed),
+        )  # fmt: skip
+        keep.append(y.item() * 0.75)
+    # 100 000 draws at 0.75: the standard deviation is 137.
+    assert abs(keep[0] - 75_000) < 700
+    assert keep[0] == keep[2]
+    assert keep[0] != keep[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(0, 90),
+    n=st.integers(1, 120),
+    k=st.integers(1, 200),
+    r=st.integers(1, 40),
+    dtypes=st.sampled_from(sorted(DTYPES)),
+    isa=st.sampled_from(ISAS),
+    p=st.sampled_from([0.0, 0.0, 0.1, 0.9]),
+)
+def test_drawn_problems(m, n, k, r, dtypes, isa, p):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(isa)
+    try:
+        t = make(m, n, k, r, *DTYPES[dtypes], seed=m + 7 * n + 13 * k)
+        assert_no_worse_than_torch(t, scaling=1.3, dropout_p=p, seed=torch.tensor(99))
+    finally:
+        _C.set_cpu_isa(before)
+
+
+def test_rank_512_and_leading_dimensions(isa):
+    assert_no_worse_than_torch(make(20, 30, 40, 512, torch.float32, torch.float32), scaling=0.1)
+    assert_no_worse_than_torch(
+        make(7, 30, 40, 4, torch.float32, torch.float32, lead=(2, 3)), scaling=1.0
+    )
+
+
+def test_no_rows(isa):
+    t = make(0, 6, 8, 2, torch.float32, torch.float32)
+    out = run(ops.lora_linear, t, scaling=1.0)
+    assert out["y"].shape == (0, 6)
+    assert out["dx"].shape == (0, 8)
+    for name in ("dlora_a", "dlora_b", "dbias"):
+        assert torch.equal(out[name], torch.zeros_like(out[name]))
+
+
+@pytest.mark.parametrize("m", [4, 40])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.repeat(1, 2)[:, : x.shape[1]],  # rows further apart
+        lambda x: x.t().contiguous().t(),  # column major
+        lambda x: x[:1].expand(x.shape),  # one row many times
+        lambda x: torch.stack((x, x), 1).transpose(0, 1),  # [2, M, K], dimensions swapped
+        lambda x: x.unsqueeze(0).expand(3, *x.shape),
+    ],
+)
+def test_strided_x_is_read_right(isa, m, view):
+    t = make(m, 24, 36, 4, torch.float32, torch.float32)
+    x = view(t["x"])
+    args = (t["weight"], t["lora_a"], t["lora_b"], t["bias"])
+    strided = ops.lora_linear(x, *args, scaling=0.5)
+    assert torch.equal(strided, ops.lora_linear(x.contiguous(), *args, scaling=0.5))
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_transposed_weight_and_strided_adapters(isa, m):
+    t = make(m, 24, 36, 4, torch.bfloat16, torch.bfloat16)
+    plain = run(ops.lora_linear, t, scaling=0.5)
+    t["weight"] = t["weight"].t().contiguous().t()  # as transformers' Conv1D stores it
+    t["lora_a"] = torch.cat((t["lora_a"],) * 2, 1)[:, :36]
+    t["lora_b"] = t["lora_b"].t().contiguous().t()
+    strided = run(ops.lora_linear, t, scaling=0.5)
+    for name, value in plain.items():
+        assert relative_error(strided[name], value.double()) < 3e-3, name
+
+
+@pytest.mark.parametrize("names", [("x",), ("lora_a",), ("lora_b",), ("bias",), ("x", "lora_b")])
+def test_only_asked_gradients_are_formed(names):
+    t = make(20, 24, 36, 4, torch.float32, torch.float32)
+    every = run(ops.lora_linear, t, scaling=0.5)
+    for name in names:
+        t[name].requires_grad_()
+    y = ops.lora_linear(
+        t["x"], t["weight"], t["lora_a"], t["lora_b"], t["bias"], scaling=0.5
+    )
+    y.backward(t["dy"])
+    for name in ("x", "lora_a", "lora_b", "bias"):
+        if name in names:
+            assert torch.equal(t[name].grad, every["d" + name])
+        else:
+            assert t[name].grad is None
+
+
+def test_saved_for_backward_is_x_and_s_only():
+    t = make(64, 24, 36, 4, torch.float32, torch.float32)
+    x = t["x"].requires_grad_()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (shapes.append(s), s)[1], lambda s: s):
+        ops.lora_linear(x, t["weight"], t["lora_a"], t["lora_b"], scaling=0.5)
+    inputs = {t[name].data_ptr() for name in ("x", "weight", "lora_a", "lora_b")}
+    new = [s for s in shapes if s.data_ptr() not in inputs]
+    assert [(tuple(s.shape), s.dtype) for s in new] == [((64, 4), torch.float32)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_same_bits_from_run_to_run_and_for_any_threads(p):
+    t = make(200, 300, 260, 16, torch.bfloat16, torch.float32)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (before, before, 1, 3):
+            torch.set_num_threads(threads)
+            runs.append(run(ops.lora_linear, t, scaling=1.0, dropout_p=p, seed=torch.tensor(5)))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for name, value in runs[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_infinity_in_an_unrelated_row_stays_there(isa):
+    # Padding of an odd K must not multiply the next row's first element by zero.
+    t = make(40, 9, 33, 3, torch.bfloat16, torch.bfloat16)
+    t["x"][20] = float("inf")
+    y = ops.lora_linear(t["x"], t["weight"], t["lora_a"], t["lora_b"], scaling=1.0)
+    finite = torch.isfinite(y).all(dim=1)
+    assert finite.sum() == 39
+    assert not finite[20]
+
+
+# ---- torch's machinery ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16-fp32"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck(dtypes, p):
+    t = make(20, 24, 36, 4, *DTYPES[dtypes])
+    seed = torch.tensor(3) if p else None
+    leaves = [t[n].requires_grad_() for n in ("x", "lora_a", "lora_b", "bias")]
+    x, a, b, bias = leaves
+    ops_ns = torch.ops.fused_peft
+    torch.library.opcheck(
+        ops_ns.lora_linear.default, (x, t["weight"], a, b, bias, 0.5, p, seed)
+    )
+    _, s = ops_ns.lora_linear.default(x, t["weight"], a, b, bias, 0.5, p, seed)
+    for need in ((True,) * 4, (True, False, True, False)):
+        torch.library.opcheck(
+            ops_ns.lora_linear_backward.default,
+            (t["dy"], x.detach(), t["weight"], a.detach(), b.detach(), s, 0.5, p, seed, *need),
+        )
+
+
+def test_gradcheck_of_the_reference():
+    t = {k: v.double() for k, v in make(5, 6, 7, 2, torch.float32, torch.float32).items()}
+    leaves = [t[n].requires_grad_() for n in ("x", "lora_a", "lora_b", "bias")]
+
+    def fn(x, a, b, bias):
+        return ops.lora_linear(
+            x, t["weight"], a, b, bias, scaling=0.6, dropout_p=0.3, seed=torch.tensor(4)
+        )
+
+    assert torch.autograd.gradcheck(fn, leaves)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph_equals_eager(dynamic):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(LoraLinear(20, 32, r=4), nn.GELU(), LoraLinear(32, 8, r=3, bias=False))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B["default"])
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for rows in (18, 25):
+        x = torch.randn(rows, 20)
+        expected = torch.autograd.grad(model(x).square().sum(), parameters)
+        actual = torch.autograd.grad(compiled(x).square().sum(), parameters)
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(actual, expected)
+
+
+def test_compile_with_dropout_draws_a_new_mask_each_call():
+    torch._dynamo.reset()
+    layer = LoraLinear(64, 64, r=4, lora_dropout=0.5)
+    nn.init.normal_(layer.lora_B["default"])
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(20, 64)
+    assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_autocast_takes_a_float32_model_to_bfloat16():
+    t = make(40, 24, 36, 4, torch.float32, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(ops.lora_linear, t, scaling=0.5)
+    assert out["y"].dtype == torch.bfloat16
+    truth = exact(t, scaling=0.5)
+    for name, value in out.items():
+        assert relative_error(value, truth[name]) < 1e-2, name
+        if name != "y":
+            assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    torch.manual_seed(0)
+    layer = LoraLinear(32, 16, r=4, lora_dropout=0.4)
+    nn.init.normal_(layer.lora_B["default"])
+    x = torch.randn(40, 32, requires_grad=True)
+    grads = []
+    for with_checkpoint in (False, True):
+        torch.manual_seed(1)
+        y = checkpoint(layer, x, use_reentrant=use_reentrant) if with_checkpoint else layer(x)
+        grads.append(torch.autograd.grad(y.square().sum(), x))
+        # Reentrant checkpointing does not support autograd.grad; its gradients come by backward.
+        if use_reentrant:
+            break
+    if use_reentrant:
+        results = []
+        for with_checkpoint in (False, True):
+            layer.zero_grad()
+            torch.manual_seed(1)
+            y = checkpoint(layer, x, use_reentrant=True) if with_checkpoint else layer(x)
+            y.square().sum().backward()
+            results.append(layer.lora_A["default"].grad.clone())
+        assert torch.equal(*results)
+    else:
+        assert torch.equal(grads[0][0], grads[1][0])
+
+
+def test_double_backward_is_refused():
+    t = make(20, 24, 36, 4, torch.float32, torch.float32)
+    x = t["x"].requires_grad_()
+    y = ops.lora_linear(x, t["weight"], t["lora_a"], t["lora_b"], scaling=1.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_func_transforms_and_forward_mode_are_right():
+    t = make(6, 5, 7, 2, torch.float32, torch.float32)
+
+    def loss(module):
+        return lambda a: (
+            module.lora_linear(t["x"], t["weight"], a, t["lora_b"], scaling=1.0).square().sum()
+        )
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(loss(ops))(t["lora_a"]), transform(loss(reference))(t["lora_a"])
+        )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(t["lora_a"], torch.ones_like(t["lora_a"]))
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(ops)(dual)).tangent
+    expected = (torch.func.grad(loss(reference))(t["lora_a"])).sum()
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_vmap():
+    t = make(6, 5, 7, 2, torch.float32, torch.float32, lead=(3,))
+    args = (t["weight"], t["lora_a"], t["lora_b"])
+    out = torch.func.vmap(lambda x: ops.lora_linear(x, *args, scaling=1.0))(t["x"])
+    torch.testing.assert_close(out, ops.lora_linear(t["x"], *args, scaling=1.0))
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(4, 9)}, r"x has shape \(4, 9\); expected \[..., 8\]"),
+        ({"x": torch.tensor(1.0)}, "x has shape"),
+        ({"weight": torch.randn(6)}, "weight has shape"),
+        ({"lora_a": torch.randn(2, 7)}, r"lora_a has shape \(2, 7\); expected \[R, 8\]"),
+        ({"lora_a": torch.randn(0, 8)}, "lora_a has shape"),
+        ({"lora_b": torch.randn(6, 3)}, r"lora_b has shape \(6, 3\); expected \[6, 2\]"),
+        ({"bias": torch.randn(5)}, r"bias has shape \(5,\); expected \[6\]"),
+        ({"x": torch.randn(4, 8).bfloat16()}, "x is torch.bfloat16 and weight is torch.float32"),
+        ({"bias": torch.randn(6).half()}, "bias is torch.float16"),
+        ({"weight": torch.randn(6, 8, requires_grad=True)}, "weight requires a gradient"),
+        ({"dropout_p": 1.0, "seed": torch.tensor(1)}, "dropout_p is 1.0"),
+        ({"dropout_p": -0.1, "seed": torch.tensor(1)}, "dropout_p is -0.1"),
+        ({"dropout_p": 0.1}, "seed is None"),
+        ({"dropout_p": 0.1, "seed": torch.tensor(1.0)}, "int64"),
+        ({"lora_a": torch.randn(2, 8, device="meta")}, "lora_a is on meta; expected cpu"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "x": torch.randn(4, 8),
+        "weight": torch.randn(6, 8),
+        "lora_a": torch.randn(2, 8),
+        "lora_b": torch.randn(6, 2),
+        "bias": torch.randn(6),
+        "scaling": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.lora_linear(**(good | change))
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="isa is 'avx9000'"):
+        _C.set_cpu_isa("avx9000")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "reason"), [(torch.float64, 2, "float64"), (torch.float32, 513, "rank is 513")]
+)
+def test_what_no_kernel_covers_falls_back_with_the_same_result(dtype, rank, reason):
+    t = make(5, 6, 7, rank, dtype, dtype)
+    args = (t["x"], t["weight"], t["lora_a"], t["lora_b"])
+    assert reason in ops.fallback_reason(*args)
+    expected = reference.lora_linear(*args, t["bias"], scaling=0.5)
+    assert torch.equal(ops.lora_linear(*args, t["bias"], scaling=0.5), expected)
