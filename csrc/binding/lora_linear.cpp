@@ -145,8 +145,8 @@ Operands gather(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
   for (const MatrixView& adapter : {p.lora_a, p.lora_b})
     STD_TORCH_CHECK(adapter.dtype == p.x.dtype || adapter.dtype == DType::kFloat32,
                     "fused_peft: lora_a and lora_b must have x's dtype or float32");
-  p.scaling = static_cast<float>(scaling);
-  p.dropout_p = static_cast<float>(dropout_p);
+  p.scaling = scaling;
+  p.dropout_p = dropout_p;
   p.seed = seed_of(seed, dropout_p);
   return o;
 }

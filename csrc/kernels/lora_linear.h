@@ -52,8 +52,8 @@ struct LoraLinearParams {
   MatrixView lora_a;  // [R, K], col_stride 1
   MatrixView lora_b;  // [N, R], col_stride 1
   MatrixView bias;    // [1, N], data is null without a bias
-  float scaling = 1.0F;
-  float dropout_p = 0.0F;
+  double scaling = 1.0;
+  double dropout_p = 0.0;  // double: 1 - p loses three digits in float as p nears 1
   uint64_t seed = 0;
 };
 

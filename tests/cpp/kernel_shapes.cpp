@@ -144,7 +144,7 @@ void run(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) 
   p.m = c.m, p.n = c.n, p.k = c.k, p.r = c.r;
   p.x = x.view(), p.weight = w.view(), p.lora_a = a.view(), p.lora_b = b.view();
   p.bias = bias.view();
-  p.scaling = 0.5F;
+  p.scaling = 0.5;
   p.dropout_p = dropout_p;
   p.seed = 1234567890123456789ULL;
   forward.s = static_cast<float*>(s.data());

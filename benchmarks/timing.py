@@ -1,0 +1,88 @@
+"""Interleaved medians: what the benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Larger than the last-level cache of the machines at hand: reading it evicts what a run left.
+_FLUSH_BYTES = 64 << 20
+
+
+def interleaved_medians(
+    runs: dict[str, Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int = 7,
+    max_rounds: int = 400,
+    flush: bool = False,
+) -> dict[str, float]:
+    """Median seconds of each callable, run in turn so that the machine's drift hits all alike.
+
+    The order turns by one each round: what runs before a callable changes too.
+    """
+    for run in runs.values():
+        for _ in range(2):
+            run()
+    evictor = torch.zeros(_FLUSH_BYTES // 4) if flush else None
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    started = time.perf_counter()
+    rounds = 0
+    while rounds < max_rounds and (
+        rounds < min_rounds or time.perf_counter() - started < seconds
+    ):
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            if evictor is not None:
+                evictor.add_(1.0)
+            begin = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def geomean(values: list[float]) -> float:
+    """Geometric mean of positive values."""
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    from fused_peft import _C
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "isa": _C.cpu_isa(),
+        "torch": torch.__version__,
+    }
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table with columns as wide as they need, in Markdown."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in widths], *rows]:
+        print("| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) + " |")
+
+
+def write_json(path: str | None, content: dict[str, Any]) -> None:
+    """Write the figures beside the table where a path is given."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
