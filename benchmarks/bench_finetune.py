@@ -2,8 +2,8 @@
 
     python benchmarks/bench_finetune.py --dtype bfloat16,float32 --json out.json
 
-All linear layers are adapted, r=16, batch 4 x 128 tokens, AdamW. Times are medians of steps taken in
-turn in one process; each peak resident size is of a process of its own.
+All linear layers are adapted, r=16, batch 4 x 128 tokens, AdamW. Times are medians of steps taken
+in turn in one process; each peak resident size is of a process of its own.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def interleaved_medians(
     names = list(runs)
     started = time.perf_counter()
     rounds = 0
-    while rounds < max_rounds and (
-        rounds < min_rounds or time.perf_counter() - started < seconds
-    ):
+    while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() - started < seconds):
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
             if evictor is not None:
                 evictor.add_(1.0)

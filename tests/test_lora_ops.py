@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_peft import LoraLinear, _C, ops, reference
+from fused_peft import _C, LoraLinear, ops, reference
 
 ISAS = _C.available_cpu_isas()
 DTYPES = {
@@ -217,9 +217,7 @@ def test_only_asked_gradients_are_formed(names):
     every = run(ops.lora_linear, t, scaling=0.5)
     for name in names:
         t[name].requires_grad_()
-    y = ops.lora_linear(
-        t["x"], t["weight"], t["lora_a"], t["lora_b"], t["bias"], scaling=0.5
-    )
+    y = ops.lora_linear(t["x"], t["weight"], t["lora_a"], t["lora_b"], t["bias"], scaling=0.5)
     y.backward(t["dy"])
     for name in ("x", "lora_a", "lora_b", "bias"):
         if name in names:
@@ -276,9 +274,7 @@ def test_opcheck(dtypes, p):
     leaves = [t[n].requires_grad_() for n in ("x", "lora_a", "lora_b", "bias")]
     x, a, b, bias = leaves
     ops_ns = torch.ops.fused_peft
-    torch.library.opcheck(
-        ops_ns.lora_linear.default, (x, t["weight"], a, b, bias, 0.5, p, seed)
-    )
+    torch.library.opcheck(ops_ns.lora_linear.default, (x, t["weight"], a, b, bias, 0.5, p, seed))
     _, s = ops_ns.lora_linear.default(x, t["weight"], a, b, bias, 0.5, p, seed)
     for need in ((True,) * 4, (True, False, True, False)):
         torch.library.opcheck(
@@ -432,7 +428,8 @@ def test_unknown_instruction_set_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rank", "reason"), [(torch.float64, 2, "float64"), (torch.float32, 513, "rank is 513")]
+    ("dtype", "rank", "reason"),
+    [(torch.float64, 2, "float64"), (torch.float32, 513, "rank is 513")],
 )
 def test_what_no_kernel_covers_falls_back_with_the_same_result(dtype, rank, reason):
     t = make(5, 6, 7, rank, dtype, dtype)

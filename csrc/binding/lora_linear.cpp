@@ -118,8 +118,8 @@ Operands gather(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "fused_peft: x must be [..., K] on the CPU");
   STD_TORCH_CHECK(weight.dim() == 2 && lora_a.dim() == 2,
                   "fused_peft: weight must be [N, K] and lora_a [R, K]");
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0,
-                  "fused_peft: dropout_p is ", dropout_p, "; expected 0 <= dropout_p < 1");
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "fused_peft: dropout_p is ", dropout_p,
+                  "; expected 0 <= dropout_p < 1");
   const int64_t k = x.size(x.dim() - 1);
   const int64_t n = weight.size(0);
   const int64_t r = lora_a.size(0);
@@ -127,8 +127,11 @@ Operands gather(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
   check_matrix(lora_a, "lora_a", r, k);
   check_matrix(lora_b, "lora_b", n, r);
   const bool weight_in_place = weight.stride(0) == 1 || weight.stride(1) == 1;
-  Operands o{as_rows(x, "x"), weight_in_place ? weight : torch::stable::contiguous(weight),
-             with_contiguous_rows(lora_a), with_contiguous_rows(lora_b), {}};
+  Operands o{as_rows(x, "x"),
+             weight_in_place ? weight : torch::stable::contiguous(weight),
+             with_contiguous_rows(lora_a),
+             with_contiguous_rows(lora_b),
+             {}};
   LoraLinearParams& p = o.params;
   p.m = o.x.count;
   p.n = n;

@@ -59,20 +59,20 @@ struct LoraLinearParams {
 
 struct LoraLinearForward {
   LoraLinearParams problem;
-  float* s = nullptr;        // [M, R] contiguous, out
-  void* y = nullptr;         // [M, N], out, x's dtype
+  float* s = nullptr;  // [M, R] contiguous, out
+  void* y = nullptr;   // [M, N], out, x's dtype
   int64_t y_row_stride = 0;
 };
 
 // A null output is not computed.
 struct LoraLinearBackward {
   LoraLinearParams problem;
-  MatrixView dy;              // [M, N], col_stride 1, x's dtype
-  const float* s = nullptr;   // [M, R] contiguous, from the forward pass
-  void* dx = nullptr;         // [M, K] contiguous, x's dtype
-  void* dlora_a = nullptr;    // [R, K] contiguous, lora_a's dtype
-  void* dlora_b = nullptr;    // [N, R] contiguous, lora_b's dtype
-  void* dbias = nullptr;      // [N] contiguous, bias's dtype
+  MatrixView dy;             // [M, N], col_stride 1, x's dtype
+  const float* s = nullptr;  // [M, R] contiguous, from the forward pass
+  void* dx = nullptr;        // [M, K] contiguous, x's dtype
+  void* dlora_a = nullptr;   // [R, K] contiguous, lora_a's dtype
+  void* dlora_b = nullptr;   // [N, R] contiguous, lora_b's dtype
+  void* dbias = nullptr;     // [N] contiguous, bias's dtype
 };
 
 namespace cpu {

@@ -32,7 +32,10 @@ struct Matrix {
   std::vector<uint8_t> storage;
 
   Matrix(int64_t rows_, int64_t cols_, DType dtype_)
-      : rows(rows_), cols(cols_), dtype(dtype_), values(static_cast<size_t>(rows_ * cols_)),
+      : rows(rows_),
+        cols(cols_),
+        dtype(dtype_),
+        values(static_cast<size_t>(rows_ * cols_)),
         storage(static_cast<size_t>(rows_ * cols_ * element_size(dtype_)), 0xFF) {}
 
   void* data() { return storage.data(); }
@@ -160,26 +163,34 @@ void run(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) 
   backward.dbias = dbias.data();
   if (cpu::lora_linear_backward(backward, isa, parallel) != Status::kOk) ++failures;
   if (dropout_p > 0) return;  // values under dropout are compared in Python, with its own Philox
-  product(s, c.k, 0.5, [&](auto i, auto l) { return x.at(i, l); },
-          [&](auto l, auto j) { return a.at(j, l); });
-  product(y, c.k, 1.0, [&](auto i, auto l) { return x.at(i, l); },
-          [&](auto l, auto j) { return w.at(j, l); });
-  product(y, c.r, 1.0, [&](auto i, auto l) { return s.at(i, l); },
-          [&](auto l, auto j) { return b.at(j, l); }, true);
+  product(
+      s, c.k, 0.5, [&](auto i, auto l) { return x.at(i, l); },
+      [&](auto l, auto j) { return a.at(j, l); });
+  product(
+      y, c.k, 1.0, [&](auto i, auto l) { return x.at(i, l); },
+      [&](auto l, auto j) { return w.at(j, l); });
+  product(
+      y, c.r, 1.0, [&](auto i, auto l) { return s.at(i, l); },
+      [&](auto l, auto j) { return b.at(j, l); }, true);
   for (int64_t i = 0; i < c.m; ++i)
     for (int64_t j = 0; j < c.n; ++j) y.values[static_cast<size_t>(i * c.n + j)] += bias.at(0, j);
-  product(ds, c.n, 0.5, [&](auto i, auto l) { return dy.at(i, l); },
-          [&](auto l, auto j) { return b.at(l, j); });
-  product(dx, c.n, 1.0, [&](auto i, auto l) { return dy.at(i, l); },
-          [&](auto l, auto j) { return w.at(l, j); });
-  product(dx, c.r, 1.0, [&](auto i, auto l) { return ds.at(i, l); },
-          [&](auto l, auto j) { return a.at(l, j); }, true);
-  product(da, c.m, 1.0, [&](auto i, auto l) { return ds.at(l, i); },
-          [&](auto l, auto j) { return x.at(l, j); });
-  product(db, c.m, 1.0, [&](auto i, auto l) { return dy.at(l, i); },
-          [&](auto l, auto j) { return s.at(l, j); });
-  product(dbias, c.m, 1.0, [](auto, auto) { return 1.0; },
-          [&](auto l, auto j) { return dy.at(l, j); });
+  product(
+      ds, c.n, 0.5, [&](auto i, auto l) { return dy.at(i, l); },
+      [&](auto l, auto j) { return b.at(l, j); });
+  product(
+      dx, c.n, 1.0, [&](auto i, auto l) { return dy.at(i, l); },
+      [&](auto l, auto j) { return w.at(l, j); });
+  product(
+      dx, c.r, 1.0, [&](auto i, auto l) { return ds.at(i, l); },
+      [&](auto l, auto j) { return a.at(l, j); }, true);
+  product(
+      da, c.m, 1.0, [&](auto i, auto l) { return ds.at(l, i); },
+      [&](auto l, auto j) { return x.at(l, j); });
+  product(
+      db, c.m, 1.0, [&](auto i, auto l) { return dy.at(l, i); },
+      [&](auto l, auto j) { return s.at(l, j); });
+  product(
+      dbias, c.m, 1.0, [](auto, auto) { return 1.0; }, [&](auto l, auto j) { return dy.at(l, j); });
   expect("s", s, c, isa, dropout_p);
   expect("y", y, c, isa, dropout_p);
   expect("dx", dx, c, isa, dropout_p);
@@ -192,8 +203,8 @@ void run(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) 
 
 int main() {
   constexpr int64_t kShapes[][4] = {
-      {0, 3, 5, 2},     {1, 1, 1, 1},     {1, 17, 33, 3},   {2, 48, 64, 16},  {7, 13, 129, 5},
-      {16, 100, 31, 8}, {17, 49, 97, 12}, {25, 96, 48, 64}, {64, 47, 50, 33}, {100, 65, 130, 7},
+      {0, 3, 5, 2},     {1, 1, 1, 1},      {1, 17, 33, 3},   {2, 48, 64, 16},  {7, 13, 129, 5},
+      {16, 100, 31, 8}, {17, 49, 97, 12},  {25, 96, 48, 64}, {64, 47, 50, 33}, {100, 65, 130, 7},
       {531, 50, 37, 9}, {33, 20, 2100, 4}, {40, 24, 24, 256}};
   std::mt19937 generator(0);
   int runs = 0;

@@ -94,9 +94,9 @@ void dot_tile(const Decode& d, int64_t m0, int64_t n0, int64_t cols, float* c, i
     w[j] = static_cast<const W*>(d.weight.data) + column(j) * d.weight.row_stride;
   // The first rows of x pull in the weight rows of the next column group.
   const bool more = m0 == 0 && n0 + 2 * kDotCols <= d.n;
-  dot_accumulate<Dot, kRows>(static_cast<const X*>(d.x.data) + m0 * d.x.row_stride,
-                             d.x.row_stride, w, d.k,
-                             more ? kDotCols * d.weight.row_stride * int64_t{sizeof(W)} : 0, acc);
+  dot_accumulate<Dot, kRows>(static_cast<const X*>(d.x.data) + m0 * d.x.row_stride, d.x.row_stride,
+                             w, d.k, more ? kDotCols * d.weight.row_stride * int64_t{sizeof(W)} : 0,
+                             acc);
   for (int i = 0; i < kRows; ++i) sum_lanes(acc[i], c + i * ldc);
 }
 

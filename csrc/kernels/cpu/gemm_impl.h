@@ -127,7 +127,8 @@ struct TileKernels {
 };
 
 // Rows [m0, m1) of s in what multiplies the packed up: floats in place, or bfloat16 pairs, zero
-// after an odd rank. As in a bfloat16 model, a bfloat16 adapter multiplies an s rounded to bfloat16.
+// after an odd rank. As in a bfloat16 model, a bfloat16 adapter multiplies an s rounded to
+// bfloat16.
 inline RowsOfA rows_of_s(const Gemm& g, bool pairs, int64_t m0, int64_t m1, BFloat16* staged) {
   const float* s = g.s + m0 * g.r;
   if (!pairs) return {reinterpret_cast<const char*>(s), g.r * 4};

@@ -49,9 +49,9 @@ struct Decode {
 };
 
 struct KernelTable {
-  int panel;         // columns of a packed panel of B
-  int row_tile;      // rows of C that a full panel's register tile holds
-  bool bf16_dot;     // multiplies bfloat16 pairs directly
+  int panel;              // columns of a packed panel of B
+  int row_tile;           // rows of C that a full panel's register tile holds
+  bool bf16_dot;          // multiplies bfloat16 pairs directly
   int64_t scratch_bytes;  // per thread, for r <= kMaxRank
   // Computes rows [m0, m1) and columns [n0, n1) of C; n0 is a multiple of panel.
   // m1 - m0 <= kMaxBlockRows.

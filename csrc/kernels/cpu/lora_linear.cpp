@@ -107,8 +107,8 @@ struct Grid {
 constexpr double kPackRows = 8.0;
 constexpr double kBarrier = 6.0e5;
 
-// The split of C with the least time for the slowest thread. Splitting the columns packs every panel
-// once but needs all of s before it starts; splitting the rows packs panels once a part.
+// The split of C with the least time for the slowest thread. Splitting the columns packs every
+// panel once but needs all of s before it starts; splitting the rows packs panels once a part.
 Grid choose_grid(int64_t m, int64_t n, int64_t k, int threads, const KernelTable& table) {
   const int64_t panels = ceil_div(n, table.panel);
   Grid best{};
@@ -134,8 +134,8 @@ bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
   const Grid grid = choose_grid(main.m, main.n, main.k, parallel.num_threads, table);
   const bool fuse = grid.col_parts == 1;
   if (down && !fuse) {
-    const int64_t rows = std::min(
-        kMaxBlockRows, round_up(ceil_div(down->m, parallel.num_threads), table.row_tile));
+    const int64_t rows =
+        std::min(kMaxBlockRows, round_up(ceil_div(down->m, parallel.num_threads), table.row_tile));
     const auto task = [&](int64_t i, char* scratch) {
       table.gemm_block(*down, i * rows, std::min(down->m, (i + 1) * rows), 0, down->n, scratch);
     };
@@ -172,7 +172,9 @@ Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskV
 
 // ---- few rows ----------------------------------------------------------------------------------
 
-bool use_decode(const LoraLinearParams& p) { return p.m <= kDecodeRows && p.weight.col_stride == 1; }
+bool use_decode(const LoraLinearParams& p) {
+  return p.m <= kDecodeRows && p.weight.col_stride == 1;
+}
 
 bool run_decode(const Decode& d, const KernelTable& table, const ParallelFor& parallel) {
   constexpr int64_t kColumnsOfBlock = 64;  // short enough to spread, long enough to stream
@@ -187,8 +189,8 @@ bool decode_forward(const LoraLinearForward& args, const Mask& mask, const Kerne
                     const ParallelFor& parallel) {
   const LoraLinearParams& p = args.problem;
   const auto multiplies_directly = [&](const MatrixView& w) {
-    return p.x.dtype == w.dtype && (p.x.dtype == DType::kFloat32 ||
-                                    (p.x.dtype == DType::kBFloat16 && table.bf16_dot));
+    return p.x.dtype == w.dtype &&
+           (p.x.dtype == DType::kFloat32 || (p.x.dtype == DType::kBFloat16 && table.bf16_dot));
   };
   Buffer<float> x_float;
   MatrixView float_view = p.x;

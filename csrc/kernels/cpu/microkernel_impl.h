@@ -40,9 +40,8 @@ struct MultiplyBf16Pairs {
     return reinterpret_cast<Vec>(_mm512_set1_epi32(pair));
   }
   static Vec fma(Vec a, Vec b, Vec c) {
-    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c),
-                                                  reinterpret_cast<__m512bh>(a),
-                                                  reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   }
 };
 #endif
@@ -165,7 +164,8 @@ void micro_kernel(const TileArgs& args) {
     }
 }
 
-// The kernel for a tile of 1 <= rows < tile_rows(vecs), the full one for any other number: found by walking the template arguments.
+// The kernel for a tile of 1 <= rows < tile_rows(vecs), the full one for any other number: found by
+// walking the template arguments.
 template <class Multiply, int kVecs, int kRows = 1>
 MicroKernel micro_kernel_for_rows(int rows) {
   if constexpr (kRows == tile_rows(kVecs)) {

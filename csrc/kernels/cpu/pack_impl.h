@@ -19,7 +19,8 @@ void pack_rows_float(const T* b, int64_t ld, int64_t steps, int64_t cols, int ve
   }
 }
 
-// ---- B stored along k (element (k, n) at b + n * ld + k): kLanes x kLanes blocks are transposed --
+// ---- B stored along k (element (k, n) at b + n * ld + k): kLanes x kLanes blocks are transposed
+// --
 
 template <class T>
 void pack_columns_float(const T* b, int64_t ld, int64_t steps, int64_t cols, int vecs, float* out) {
@@ -58,8 +59,8 @@ inline void pack_rows_pairs(const BFloat16* b, int64_t ld, int64_t k_size, int64
     for (int j = 0; j < vecs; ++j, out += kLanes) {
       const int64_t count = cols - j * kLanes;
       const __m512i first = _mm512_cvtepu16_epi32(load_half_vector(b + j * kLanes, count));
-      const __m512i second = _mm512_cvtepu16_epi32(
-          load_half_vector(b + ld + j * kLanes, has_second ? count : 0));
+      const __m512i second =
+          _mm512_cvtepu16_epi32(load_half_vector(b + ld + j * kLanes, has_second ? count : 0));
       store_bits(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
     }
   }

@@ -1,6 +1,6 @@
 // Dropout mask bits from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-// 3", SC 2011). Element e of a tensor takes word e % 4 of counter e / 4 under the seed as key; it is
-// kept when the word is not below the threshold. The mask depends on nothing else: not on the
+// 3", SC 2011). Element e of a tensor takes word e % 4 of counter e / 4 under the seed as key; it
+// is kept when the word is not below the threshold. The mask depends on nothing else: not on the
 // instruction set, the threads or the device.
 #include <cstdint>
 

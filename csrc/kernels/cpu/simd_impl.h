@@ -111,7 +111,8 @@ inline uint16_t half_from_float(float value) {
   const uint32_t bits = bits_from_float(value);
   const uint32_t sign = (bits >> 16) & 0x8000U;
   const uint32_t magnitude = bits & 0x7FFFFFFFU;
-  if (magnitude > 0x7F800000U) return static_cast<uint16_t>(sign | 0x7E00U | (magnitude >> 13 & 0x3FFU));
+  if (magnitude > 0x7F800000U)
+    return static_cast<uint16_t>(sign | 0x7E00U | (magnitude >> 13 & 0x3FFU));
   if (magnitude >= 0x477FF000U) return static_cast<uint16_t>(sign | 0x7C00U);
   if (magnitude < 0x38800000U) {  // subnormal: adding 0.5 leaves the rounded field in the low bits
     const uint32_t aligned = bits_from_float(float_from_bits(magnitude) + 0.5F);

@@ -49,8 +49,10 @@ inline void to_float(const MatrixView& src, int64_t rows, int64_t cols, float* d
 }
 
 constexpr KernelTable kTable = {
-    kPanel,       tile_rows(kMaxVecs), FUSED_PEFT_BF16_DOT != 0, Scratch::kBytes, gemm_block,
-    decode_block, dropout_row,         transpose,                column_sum,      to_float,
+    kPanel,          tile_rows(kMaxVecs), FUSED_PEFT_BF16_DOT != 0,
+    Scratch::kBytes, gemm_block,          decode_block,
+    dropout_row,     transpose,           column_sum,
+    to_float,
 };
 
 }  // namespace fused_peft::cpu::FUSED_PEFT_ISA
