@@ -45,6 +45,7 @@ from training import (
     Trainer,
     held_out_loss,
     keep_freed_memory,
+    plot_losses,
     read_state,
 )
 
@@ -222,21 +223,6 @@ def print_samples(before: list[dict[str, str]], after: list[dict[str, str]]) -> 
         texts = {"author": old["author"], "before": old["model"], "after": new["model"]}
         for title, text in texts.items():
             print(f"  {title:6} | " + inspect.cleandoc(text).replace("\n", "\n         | "))
-
-
-def plot_losses(path: Path, losses: list[float], before: float, after: float) -> None:
-    """The loss of every step, its running mean, and the two held-out measurements."""
-    from matplotlib.figure import Figure
-
-    window = max(1, len(losses) // 12)
-    means = torch.tensor(losses).unfold(0, window, 1).mean(-1).tolist()
-    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.3, label="step")
-    axes.plot(range(window, len(losses) + 1), means, color="C0", label=f"mean of {window} steps")
-    axes.plot([0, len(losses)], [before, after], "o", color="C3", label="held out")
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def versions() -> dict[str, str]:

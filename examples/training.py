@@ -352,6 +352,9 @@ def _environment() -> dict[str, Any]:
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
 
 
+# ------------------------------------------------------------------------------- display
+
+
 class Progress:
     """A progress bar with the recent loss, the speed and the time left."""
 
@@ -374,3 +377,18 @@ class Progress:
             recent = trainer.losses[max(0, trainer.step - 20) : trainer.step].mean().item()
             speed = trainer.tokens / trainer.seconds
             self.bar.set_postfix_str(f"loss {recent:.3f}, {speed:.0f} tokens/s")
+
+
+def plot_losses(path: Path, losses: list[float], before: float, after: float) -> None:
+    """The loss of every step, its running mean, and the two held-out measurements."""
+    from matplotlib.figure import Figure
+
+    window = max(1, len(losses) // 12)
+    means = torch.tensor(losses).unfold(0, window, 1).mean(-1).tolist()
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.3, label="step")
+    axes.plot(range(window, len(losses) + 1), means, color="C0", label=f"mean of {window} steps")
+    axes.plot([0, len(losses)], [before, after], "o", color="C3", label="held out")
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a token")
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -156,8 +156,9 @@ def test_over_an_adapter_that_is_there(tmp_path: Path, x: Tensor) -> None:
     assert {k: id(p) for k, p in other.named_parameters()} == parameters  # an optimizer holds them
 
 
-def test_is_trainable(tmp_path: Path) -> None:
-    model = trained(bias="lora_only", modules_to_save=["head"])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_is_trainable(tmp_path: Path, bias: str) -> None:
+    model = trained(bias=bias, modules_to_save=["head"])
     wanted = {k for k, p in model.named_parameters() if p.requires_grad}
     save_adapter(model, tmp_path)
     loaded = load_adapter(make_net().train(), tmp_path, is_trainable=True)
@@ -712,8 +713,9 @@ def test_killed_at_every_file_operation(
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads names of descriptors there")
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
 def test_each_step_is_on_disk_before_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     """The order that a power failure must not undo: flush, link, flush, commit, flush, unlink."""
     save_adapter(trained(seed=1), tmp_path)
@@ -732,17 +734,30 @@ def test_each_step_is_on_disk_before_the_next(
         steps.append(f"{short(source)} -> {short(target)}")
         return original(source, target)
 
+    def record_touch(path: Path, original: Callable[[Path], None] = Path.touch) -> None:
+        steps.append(f"touch {short(path)}")
+        original(path)
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(Path, "replace", record_rename)
+    monkeypatch.setattr(Path, "touch", record_touch)
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", refuse)
     save_adapter(trained(seed=2), tmp_path)
-    first = steps.index(f"S/{CONFIG_NAME} -> {CONFIG_NAME}")
+    first = steps.index(f"S/{CONFIG_NAME} -> {CONFIG_NAME}" if links else "touch S/committed")
     assert {f"sync S/new/{CONFIG_NAME}", f"sync S/new/{WEIGHTS_NAME}"} <= set(steps[:first])
     assert {"sync S/new", "sync S/old", "sync S", "sync ."} <= set(steps[:first])
-    assert steps[first:] == [
+    switch = [
         f"S/{CONFIG_NAME} -> {CONFIG_NAME}",
         f"S/{WEIGHTS_NAME} -> {WEIGHTS_NAME}",
         "sync .",
         "S/next -> S/current",
+    ]
+    assert steps[first:] == [
+        *(switch if links else ["touch S/committed"]),
         "sync S",
         f"S/new/{CONFIG_NAME} -> {CONFIG_NAME}",
         f"S/new/{WEIGHTS_NAME} -> {WEIGHTS_NAME}",

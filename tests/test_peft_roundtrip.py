@@ -316,6 +316,19 @@ def test_base_weights_are_not_saved_merged(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_base_weights_are_not_loaded_over_merged_ones(tmp_path: Path) -> None:
+    """Unmerging would take an adapter out of a weight that does not have it."""
+    fields = {**QV, "target_modules": ["lm_head"]}
+    save_adapter(get_peft_model(llama(), LoraConfig(**fields)), tmp_path)
+    ours = fill(get_peft_model(llama(), LoraConfig(**fields)))
+    merge_adapter(ours)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with pytest.raises(ValueError, match="unmerge them first"):
+        load_adapter(ours, tmp_path, "second")
+    assert before.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in before.items())
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "pissa", "olora"])
 def test_inits_from_peft(tmp_path: Path, kind: str) -> None:
     """PiSSA and OLoRA change the base weight when the adapter is put in, on loading as well."""

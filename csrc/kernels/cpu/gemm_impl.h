@@ -156,6 +156,13 @@ struct Block {
   int64_t n0, cols, k0, k_size;
 };
 
+// Packing B pays when several register tiles use it. One or two tiles of rows (the gradients of the
+// adapters) multiply its rows where they lie, converting as they go.
+inline bool reads_b_in_place(const Gemm& g, bool pairs, int64_t rows, int64_t cols, int vecs) {
+  return !pairs && !g.b_mask.bits && g.b.col_stride == 1 && cols == vecs * kLanes &&
+         g.b.dtype != DType::kFloat16 && rows <= 2 * tile_rows(vecs);
+}
+
 // What every block of a task shares.
 struct TaskContext {
   const Gemm& g;
@@ -175,7 +182,8 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
   const bool last = k0 + k_size == g.k;
   const bool tail = first && g.r > 0;
   const TileKernels kernels(task.pairs, task.m1 - task.m0, vecs);
-  pack_b(g.b, g.b_mask, k0, k_size, n0, cols, vecs, task.pairs, scratch.b);
+  const bool direct_b = reads_b_in_place(g, task.pairs, task.m1 - task.m0, cols, vecs);
+  if (!direct_b) pack_b(g.b, g.b_mask, k0, k_size, n0, cols, vecs, task.pairs, scratch.b);
   if (tail) pack_b(g.up, MaskView{}, 0, g.r, n0, cols, vecs, task.tail_pairs, scratch.up);
   float bias[kPanel];
   load_bias(g.epilogue.bias, n0, cols, bias);
@@ -185,6 +193,12 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
                          (task.m1 - task.m0) / kernels.full_rows + 1);
   TileArgs args{};
   args.b = scratch.b;
+  if (direct_b) {
+    args.b_direct =
+        static_cast<const char*>(g.b.data) + (k0 * g.b.row_stride + n0) * element_size(g.b.dtype);
+    args.ldb = g.b.row_stride;
+    args.b_dtype = g.b.dtype;
+  }
   args.up = scratch.up;
   args.lds = task.s.stride_bytes;
   args.tail_pairs = task.tail_pairs;

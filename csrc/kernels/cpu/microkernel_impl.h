@@ -52,6 +52,9 @@ struct TileArgs {
   int64_t lda;
   const float* b;  // [steps, kVecs * kLanes] packed
   int64_t steps;
+  const void* b_direct;  // not null: B's own rows instead, ldb elements apart, floats or bfloat16
+  int64_t ldb;
+  DType b_dtype;
 
   const char* s;  // rows lds bytes apart; floats, or bfloat16 pairs
   int64_t lds;
@@ -71,18 +74,35 @@ struct TileArgs {
 
 using MicroKernel = void (*)(const TileArgs& args);
 
-template <class Multiply, int kRows, int kVecs>
-inline void multiply_steps(const char* a, int64_t lda, const float* b, int64_t steps,
+// Where a step's columns of B come from: a packed panel, or rows of the matrix itself.
+template <int kVecs>
+struct PackedColumns {
+  const float* p;
+  Vec operator[](int j) const { return load(p + j * kLanes); }
+  void advance() { p += kVecs * kLanes; }
+};
+
+template <class T>
+struct DirectColumns {
+  const T* p;
+  int64_t ld;
+  Vec operator[](int j) const { return load(p + j * kLanes); }
+  void advance() { p += ld; }
+};
+
+// Advances a and columns over the steps.
+template <class Multiply, class Columns, int kRows, int kVecs>
+inline void multiply_steps(const char*& a, int64_t lda, Columns& columns, int64_t steps,
                            Vec (&acc)[kRows][kVecs]) {
-  for (int64_t step = 0; step < steps; ++step, a += 4, b += kVecs * kLanes) {
-    Vec columns[kVecs];
+  for (int64_t step = 0; step < steps; ++step, a += 4, columns.advance()) {
+    Vec b[kVecs];
 #pragma GCC unroll 3
-    for (int j = 0; j < kVecs; ++j) columns[j] = load(b + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) b[j] = columns[j];
 #pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
       const Vec row = Multiply::load_a(a + i * lda);
 #pragma GCC unroll 3
-      for (int j = 0; j < kVecs; ++j) acc[i][j] = Multiply::fma(row, columns[j], acc[i][j]);
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = Multiply::fma(row, b[j], acc[i][j]);
     }
   }
 }
@@ -114,39 +134,58 @@ inline void clear(Vec (&acc)[kRows][kVecs]) {
 // the number of chunks. A bfloat16 result hides it under its own rounding.
 constexpr int64_t kChunkSteps = 16;
 
-template <int kRows, int kVecs>
-inline void multiply_chunks(const char* a, int64_t lda, const float* b, int64_t steps,
+template <class Columns, int kRows, int kVecs>
+inline void multiply_chunks(const char* a, int64_t lda, Columns columns, int64_t steps,
                             Vec (&acc)[kRows][kVecs], Vec (&sum)[kRows][kVecs]) {
   for (; steps > 0; steps -= kChunkSteps) {
     clear(acc);
-    multiply_steps<MultiplyFloat>(a, lda, b, steps < kChunkSteps ? steps : kChunkSteps, acc);
+    multiply_steps<MultiplyFloat>(a, lda, columns, steps < kChunkSteps ? steps : kChunkSteps, acc);
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVecs; ++j) sum[i][j] += acc[i][j];
-    a += 4 * kChunkSteps;
-    b += kChunkSteps * kVecs * kLanes;
   }
+}
+
+template <int kRows, int kVecs>
+inline void sum_floats(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
+  Vec sum[kRows][kVecs];
+  clear(sum);
+  multiply_chunks(args.s, args.lds, PackedColumns<kVecs>{args.up}, args.tail_steps, acc, sum);
+  if (!args.b_direct)
+    multiply_chunks(args.a, args.lda, PackedColumns<kVecs>{args.b}, args.steps, acc, sum);
+  else if (args.b_dtype == DType::kBFloat16)
+    multiply_chunks(args.a, args.lda,
+                    DirectColumns<BFloat16>{static_cast<const BFloat16*>(args.b_direct), args.ldb},
+                    args.steps, acc, sum);
+  else
+    multiply_chunks(args.a, args.lda,
+                    DirectColumns<float>{static_cast<const float*>(args.b_direct), args.ldb},
+                    args.steps, acc, sum);
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = sum[i][j];
+}
+
+template <class Multiply, int kRows, int kVecs>
+inline void sum_pairs(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
+  const char* s = args.s;
+  const char* a = args.a;
+  PackedColumns<kVecs> up{args.up}, b{args.b};
+  if (args.tail_pairs)
+    multiply_steps<Multiply>(s, args.lds, up, args.tail_steps, acc);
+  else
+    multiply_steps<MultiplyFloat>(s, args.lds, up, args.tail_steps, acc);
+  multiply_steps<Multiply>(a, args.lda, b, args.steps, acc);
 }
 
 template <class Multiply, int kRows, int kVecs>
 void micro_kernel(const TileArgs& args) {
   Vec acc[kRows][kVecs];
   clear(acc);
-  if constexpr (std::is_same_v<Multiply, MultiplyFloat>) {
-    Vec sum[kRows][kVecs];
-    clear(sum);
-    multiply_chunks(args.s, args.lds, args.up, args.tail_steps, acc, sum);
-    multiply_chunks(args.a, args.lda, args.b, args.steps, acc, sum);
-#pragma GCC unroll 24
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 3
-      for (int j = 0; j < kVecs; ++j) acc[i][j] = sum[i][j];
-  } else {
-    if (args.tail_pairs)
-      multiply_steps<Multiply>(args.s, args.lds, args.up, args.tail_steps, acc);
-    else
-      multiply_steps<MultiplyFloat>(args.s, args.lds, args.up, args.tail_steps, acc);
-    multiply_steps<Multiply>(args.a, args.lda, args.b, args.steps, acc);
-  }
+  if constexpr (std::is_same_v<Multiply, MultiplyFloat>)
+    sum_floats(args, acc);
+  else
+    sum_pairs<Multiply>(args, acc);
   if (args.out) {
     with_dtype(args.out_dtype, [&](auto* type) {
       write_registers<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(args, acc);
