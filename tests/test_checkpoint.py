@@ -10,9 +10,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -614,7 +615,7 @@ save_adapter(old, directory)
 began = time.perf_counter()
 for adapter in (old, new, old):
     save_adapter(adapter, directory)
-each = (time.perf_counter() - began) / 3
+each = min((time.perf_counter() - began) / 3, 0.05)
 for attempt in range(40):
     pid = os.fork()
     if pid == 0:
@@ -633,7 +634,7 @@ def kill_all_over(mode: str, root: Path) -> dict[str, int]:
     """Directories as kills left them, in ``root``; how many points there were, by start."""
     code = textwrap.dedent(DRIVER).format(tests=str(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", code, mode, str(root)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, mode, str(root)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return {start: int(n) for start, n in (line.split() for line in done.stdout.splitlines())}
@@ -674,6 +675,17 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: a kill leaves the same there, and no disk waits."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def outputs(x: Tensor) -> dict[str, Tensor]:
     return {"old": trained(seed=1)(x), "new": trained(seed=2, r=6, lora_alpha=5)(x)}
 
@@ -682,13 +694,13 @@ def outputs(x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("mode", ["links", "no-links"])
 def test_killed_at_every_file_operation(
-    tmp_path: Path, x: Tensor, outputs: dict[str, Tensor], mode: str
+    in_memory: Path, x: Tensor, outputs: dict[str, Tensor], mode: str
 ) -> None:
-    points = kill_all_over(mode, tmp_path)
+    points = kill_all_over(mode, in_memory)
     assert points["old"] >= 20
     assert points["nothing"] >= 15
     seen: dict[str, set[str]] = {"old": set(), "nothing": set(), "instant": set()}
-    for directory in sorted(tmp_path.iterdir()):
+    for directory in sorted(in_memory.iterdir()):
         start = directory.name.split("-")[0]
         if mode == "links":
             plain = read_plainly(directory)
@@ -789,7 +801,7 @@ def test_a_full_disk(tmp_path: Path, x: Tensor, outputs: dict[str, Tensor], full
         assert len(before[CONFIG_NAME]) + 10 < limit
     tests = str(Path(__file__).parent)
     code = FULL_DISK.format(tests=tests, limit=limit, directory=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "File too large" in done.stdout, done.stdout + done.stderr
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert which(tmp_path, outputs, x) == "old"
@@ -830,24 +842,24 @@ def test_a_rename_that_fails(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
 @pytest.mark.usefixtures("no_sync")
-def test_savers_and_loaders_at_once(tmp_path: Path, x: Tensor, outputs: dict[str, Tensor]) -> None:
+def test_savers_and_loaders_at_once(in_memory: Path, x: Tensor, outputs: dict[str, Tensor]) -> None:
     models = [trained(seed=1), trained(seed=2, r=6, lora_alpha=5)]
-    save_adapter(models[0], tmp_path)
+    save_adapter(models[0], in_memory)
     stop = threading.Event()
 
     def save_again_and_again(model: nn.Module) -> int:
         count = 0
         while not stop.is_set():
-            save_adapter(model, tmp_path)
+            save_adapter(model, in_memory)
             count += 1
         return count
 
     with ThreadPoolExecutor(2) as pool:
         savers = [pool.submit(save_again_and_again, model) for model in models]
         try:
-            found = [which(tmp_path, outputs, x) for _ in range(40)]
+            found = [which(in_memory, outputs, x) for _ in range(40)]
         finally:
             stop.set()
         assert all(saver.result() > 0 for saver in savers)
     assert set(found) == {"old", "new"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert sorted(p.name for p in in_memory.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
