@@ -17,7 +17,14 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from timing import geomean, interleaved_medians, machine, print_table, write_json
+from timing import (
+    geomean,
+    interleaved_medians,
+    keep_freed_memory,
+    machine,
+    print_table,
+    write_json,
+)
 from torch import Tensor, nn
 
 from fused_peft import LoraLinear
@@ -178,6 +185,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="per table row")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="glibc keeps freed blocks: no page faults"
+    )
     parser.add_argument("--json")
     parser.add_argument("--plot")
     args = parser.parse_args()
@@ -190,6 +200,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.keep_memory:
+        keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import platform
@@ -13,8 +14,17 @@ from typing import Any
 
 import torch
 
-# Larger than the last-level cache of the machines at hand: reading it evicts what a run left.
-_FLUSH_BYTES = 64 << 20
+
+def keep_freed_memory() -> None:
+    """Make glibc keep large blocks instead of returning them to the system after every call.
+
+    By default a large temporary costs page faults in every call, which is part of what its user
+    pays; with this it does not, which compares the kernels alone. All peers are treated alike.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        for option in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def interleaved_medians(
@@ -23,7 +33,6 @@ def interleaved_medians(
     seconds: float,
     min_rounds: int = 7,
     max_rounds: int = 400,
-    flush: bool = False,
 ) -> dict[str, float]:
     """Median seconds of each callable, run in turn so that the machine's drift hits all alike.
 
@@ -32,15 +41,12 @@ def interleaved_medians(
     for run in runs.values():
         for _ in range(2):
             run()
-    evictor = torch.zeros(_FLUSH_BYTES // 4) if flush else None
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     started = time.perf_counter()
     rounds = 0
     while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() - started < seconds):
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
-            if evictor is not None:
-                evictor.add_(1.0)
             begin = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - begin)
