@@ -7,6 +7,7 @@ from fused_peft.checkpoint import load_adapter, save_adapter
 from fused_peft.diagnostics import explain
 from fused_peft.errors import AdapterError
 from fused_peft.nn import LoraLinear
+from fused_peft.ops import prefix_attention
 from fused_peft.tuners import (
     LoraConfig,
     add_adapter,
@@ -38,6 +39,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "ops",
+    "prefix_attention",
     "print_trainable_parameters",
     "reference",
     "save_adapter",

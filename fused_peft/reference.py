@@ -109,3 +109,99 @@ def lora_linear(
         update = torch.where(keep, update / (1.0 - dropout_p), torch.zeros_like(update))
     update = F.linear(F.linear(update, lora_a), lora_b) * scaling
     return (base + update).to(base.dtype)
+
+
+def attention_keep(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    batch: int = 1,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_start: Tensor | None = None,
+    sliding_window: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which of the sequence's own keys each query of :func:`prefix_attention` sees.
+
+    Query ``i`` of a row stands at key ``p = query_start + i``. It sees key ``t`` where all of these
+    hold: ``t < key_lengths``, ``key_mask[t]``, ``t <= p`` if causal, and, with a sliding window,
+    ``p - t < sliding_window`` (and ``t - p < sliding_window`` if not causal).
+
+    Returns:
+        bool ``[batch, queries, keys]``, True where the key is seen.
+    """
+    t = torch.arange(keys, device=device)
+    start = torch.tensor(keys - queries, device=device) if query_start is None else query_start
+    p = start.reshape(-1, 1, 1) + torch.arange(queries, device=device)[:, None]
+    keep = torch.ones(batch, queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        keep = keep & (t <= p)
+    if sliding_window is not None:
+        keep = keep & (p - t < sliding_window) & (t - p < sliding_window)
+    if key_lengths is not None:
+        keep = keep & (t < key_lengths.reshape(-1, 1, 1))
+    if key_mask is not None:
+        keep = keep & key_mask[:, None, :]
+    return keep
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_start: Tensor | None = None,
+    sliding_window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``softmax([q prefix_k^T, mask(q k^T)] scale) [prefix_v; v]`` in plain torch.
+
+    Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, equation 7
+    of He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022. The
+    softmax of a half-precision problem is computed in float32 and rounded, as transformers' eager
+    attention does it. Shapes and meanings as in :func:`fused_peft.prefix_attention`.
+
+    Returns:
+        ``[B, Hq, S, D]`` in q's dtype; zeros where a query sees no key.
+    """
+    batch, q_heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    keep = attention_keep(
+        queries,
+        keys,
+        causal=causal,
+        batch=batch,
+        key_lengths=key_lengths,
+        key_mask=key_mask,
+        query_start=query_start,
+        sliding_window=sliding_window,
+        device=q.device,
+    )
+    if prefix_k is not None and prefix_v is not None:
+        k = torch.cat((prefix_k.expand(batch, -1, -1, -1), k), dim=2)
+        v = torch.cat((prefix_v.expand(batch, -1, -1, -1), v), dim=2)
+        keep = F.pad(keep, (prefix_k.shape[-2], 0), value=True)
+    grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, queries, head_dim)
+    scores = grouped @ k[:, :, None].transpose(-1, -2)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    scores = scores if q.dtype == torch.float64 else scores.float()
+    keep = keep[:, None, None]
+    # The largest finite negative number, not -inf: a row of -inf has a NaN softmax.
+    scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).masked_fill(~keep, 0.0)
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError("seed is None; dropout_p > 0 needs an int64 tensor with one element")
+        kept = dropout_keep((batch, q_heads, queries, k.shape[2]), dropout_p, seed)
+        weights = torch.where(kept.reshape(weights.shape), weights / (1.0 - dropout_p), 0.0)
+    out = weights.to(q.dtype) @ v[:, :, None]
+    return out.reshape(batch, q_heads, queries, head_dim)

@@ -1,13 +1,7 @@
-"""The package's torch ops: shape functions, autograd, and the choice between kernel and fallback.
-
-``torch.ops.fused_peft.lora_linear`` and ``lora_linear_backward`` are the kernels themselves.
-:func:`lora_linear` here is what layers call: it checks its arguments, follows autocast, and takes
-:mod:`fused_peft.reference` wherever no kernel covers the problem, with the same result.
-"""
+"""The LoRA linear op: shape functions, autograd, and the choice between kernel and fallback."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,37 +9,13 @@ from torch import Tensor
 
 from fused_peft import reference
 
-try:
-    from fused_peft import _C
-except ImportError as error:
-    raise ImportError(
-        f"fused_peft's compiled extension cannot be loaded ({error}). If this is a source tree, "
-        "install it with `pip install .` and import it from another directory, or use `pip "
-        "install -e .`"
-    ) from error
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK: int = _C.max_rank
-
-if "FUSED_PEFT_CPU_ISA" in os.environ:
-    _C.set_cpu_isa(os.environ["FUSED_PEFT_CPU_ISA"])
-
-
-def new_seed(device: torch.device | str = "cpu") -> Tensor:
-    """Draw a dropout seed from torch's default generator of ``device``.
-
-    Returns:
-        int64 tensor without dimensions. ``torch.manual_seed`` makes it repeatable, and activation
-        checkpointing, which restores the generator, draws the same one again.
-    """
-    return torch.randint(2**62, (), dtype=torch.int64, device=device)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast casts to on this kind of device now, None where it is off."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
+from ._common import (
+    KERNEL_DTYPES,
+    MAX_RANK,
+    autocast_dtype,
+    check_dropout,
+    differentiated_otherwise,
+)
 
 
 def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
@@ -60,7 +30,7 @@ def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
     if x.device.type != "cpu":
         return f"x is on {x.device}; kernels exist for: cpu"
     dtype = x.dtype
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"x is {dtype}; kernels exist for float32, bfloat16 and float16"
     if weight.layout != torch.strided or x.layout != torch.strided:
         return "a sparse operand"
@@ -70,16 +40,6 @@ def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
     if lora_a.shape[0] > MAX_RANK:
         return f"the rank is {lora_a.shape[0]}; kernels exist up to {MAX_RANK}"
     return None
-
-
-def _differentiated_otherwise() -> bool:
-    """Whether a torch.func transform or forward-mode AD runs, which need the plain torch ops."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _check_operands(
@@ -160,14 +120,8 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_operands(x, weight, lora_a, lora_b, bias)
-    if dropout_p != 0.0:
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
-        if seed is None or seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(
-                f"seed is {seed!r}; dropout_p > 0 needs an int64 tensor with one element"
-            )
-    if fallback_reason(x, weight, lora_a, lora_b) is None and not _differentiated_otherwise():
+    check_dropout(dropout_p, seed)
+    if fallback_reason(x, weight, lora_a, lora_b) is None and not differentiated_otherwise():
         operands = (x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
         if torch.compiler.is_compiling():
             y, _ = torch.ops.fused_peft.lora_linear.default(*operands)

@@ -1,0 +1,20 @@
+"""The package's torch ops: shape functions, autograd, and the choice between kernel and fallback.
+
+``torch.ops.fused_peft.*`` are the kernels themselves. The functions here are what layers call: they
+check their arguments, follow autocast, and take :mod:`fused_peft.reference` wherever no kernel
+covers the problem, with the same result.
+"""
+
+from ._common import MAX_RANK, autocast_dtype, new_seed
+from ._lora_linear import fallback_reason, lora_linear
+from ._prefix_attention import attention_fallback_reason, prefix_attention
+
+__all__ = [
+    "MAX_RANK",
+    "attention_fallback_reason",
+    "autocast_dtype",
+    "fallback_reason",
+    "lora_linear",
+    "new_seed",
+    "prefix_attention",
+]
