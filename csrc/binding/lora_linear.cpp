@@ -3,32 +3,16 @@
 #include "kernels/lora_linear.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "binding/cpu_isa.h"
+#include "binding/tensors.h"
 
 namespace fused_peft {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "fused_peft: ", name,
-                      " has a dtype without a kernel; expected float32, bfloat16 or float16");
-  }
-}
 
 void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols,
@@ -80,30 +64,6 @@ std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = last;
   return shape;
-}
-
-uint64_t seed_of(const std::optional<Tensor>& seed, double dropout_p) {
-  if (dropout_p == 0.0) return 0;
-  STD_TORCH_CHECK(seed.has_value(), "fused_peft: seed is None; dropout_p > 0 needs one");
-  STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(),
-                  "fused_peft: seed must be an int64 tensor with one element on the CPU");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-}
-
-void run_on_torch_threads(int64_t num_tasks, ParallelFor::Task fn, void* context) {
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) fn(context, task);
-  });
-}
-
-ParallelFor torch_threads() {
-  return {run_on_torch_threads, static_cast<int>(torch::stable::get_num_threads())};
-}
-
-void check_status(Status status, const char* op) {
-  STD_TORCH_CHECK(status != Status::kOutOfMemory, "fused_peft: ", op,
-                  " could not allocate its workspace");
-  STD_TORCH_CHECK(status == Status::kOk, "fused_peft: ", op, " has no CPU kernel for this problem");
 }
 
 // The operands of both passes, with copies of those that no kernel reads in place.
@@ -216,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fused_peft, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
       "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");

@@ -8,6 +8,7 @@
 
 #include "binding/cpu_isa.h"
 #include "kernels/lora_linear.h"
+#include "kernels/prefix_attention.h"
 
 namespace fused_peft {
 namespace {
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_isa, pybind11::arg("isa"),
         "Chooses the instruction set of the CPU kernels; ValueError where it is not available.");
   m.attr("max_rank") = cpu::kMaxRank;
+  m.attr("max_head_dim") = cpu::kMaxHeadDim;
 }
 
 }  // namespace fused_peft

@@ -15,35 +15,9 @@
 
 #include <cstdint>
 
+#include "kernels/common.h"
+
 namespace fused_peft {
-
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-enum class Status : int32_t {
-  kOk = 0,
-  kUnsupported,  // no kernel covers this problem; the caller falls back
-  kOutOfMemory,  // the workspace could not be allocated; no output was completed
-};
-
-// A view of a matrix: element (i, j) lies at data + i * row_stride + j * col_stride elements.
-struct MatrixView {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 1;
-  DType dtype = DType::kFloat32;
-
-  MatrixView transposed() const { return {data, col_stride, row_stride, dtype}; }
-};
-
-// Runs fn(context, task) for every task in [0, num_tasks), in any order, on up to num_threads
-// threads, and returns when all are done. Results never depend on which thread runs a task.
-struct ParallelFor {
-  using Task = void (*)(void* context, int64_t task);
-  void (*run)(int64_t num_tasks, Task fn, void* context) = nullptr;
-  int num_threads = 1;
-};
 
 struct LoraLinearParams {
   int64_t m = 0, n = 0, k = 0, r = 0;
@@ -76,14 +50,6 @@ struct LoraLinearBackward {
 };
 
 namespace cpu {
-
-// Instruction sets from the least to the most demanding.
-enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr int kNumIsa = 4;
-
-const char* isa_name(Isa isa);
-bool isa_available(Isa isa);  // compiled in, and this processor has it
-Isa best_isa();               // the most demanding available one
 
 // Largest rank with a kernel; see csrc/kernels/cpu/gemm_impl.h for what bounds it.
 constexpr int64_t kMaxRank = 512;

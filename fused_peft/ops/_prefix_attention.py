@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fused_peft import reference
+from fused_peft import _C, reference
 
-from ._common import autocast_dtype, check_dropout
+from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
+
+MAX_HEAD_DIM: int = _C.max_head_dim
 
 
-def attention_fallback_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why no kernel covers these operands, or None where one does."""
-    return "no kernel yet"
+def attention_fallback_reason(q: Tensor, scale: float | None = None) -> str | None:
+    """Why no kernel covers the problem, or None where one does.
+
+    Args:
+        q: ``[B, Hq, S, D]``.
+        scale: the factor on the scores, None for the default.
+    """
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; kernels exist for: cpu"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"q is {q.dtype}; kernels exist for float32, bfloat16 and float16"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"the head dimension is {q.shape[-1]}; kernels exist up to {MAX_HEAD_DIM}"
+    if scale is not None and not 0.0 < scale < float("inf"):
+        return f"scale is {scale}; kernels take positive ones"
+    return None
 
 
 def _check_operands(
@@ -167,6 +184,18 @@ def prefix_attention(
         q, k, v, prefix_k, prefix_v, causal, key_lengths, key_mask, query_start, sliding_window
     )
     check_dropout(dropout_p, seed)
+    if attention_fallback_reason(q, scale) is None and not differentiated_otherwise():
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        operands = (q, k, v, prefix_k, prefix_v, key_lengths, key_mask, query_start, causal,
+                    sliding_window or 0, scale, dropout_p, seed)  # fmt: skip
+        if torch.compiler.is_compiling():
+            out, _ = torch.ops.fused_peft.prefix_attention.default(*operands)
+        elif torch.is_grad_enabled():
+            out = _PrefixAttentionFunction.apply(*operands)  # type: ignore[no-untyped-call]
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, _ = torch.ops.fused_peft.prefix_attention.default(*operands)
+        return out  # type: ignore[no-any-return]
     return reference.prefix_attention(
         q,
         k,
@@ -182,3 +211,101 @@ def prefix_attention(
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def _new_heads(like: Tensor, heads: int, length: int) -> Tensor:
+    return like.new_empty((like.shape[0], length, heads, like.shape[3])).transpose(1, 2)
+
+
+def _prefix_attention_fake(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    return _new_heads(q, heads, queries), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _prefix_attention_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    heads, keys = k.shape[1], k.shape[2]
+    need_q, need_k, need_v, need_prefix_k, need_prefix_v = others[-5:]
+    none = q.new_empty((0,))
+
+    def prefix_like(prefix: Tensor | None) -> Tensor:
+        return none if prefix is None else q.new_empty(prefix.shape)
+
+    return (
+        _new_heads(q, q.shape[1], q.shape[2]) if need_q else none,
+        _new_heads(q, heads, keys) if need_k else q.new_empty((0,)),
+        _new_heads(q, heads, keys) if need_v else q.new_empty((0,)),
+        prefix_like(prefix_k) if need_prefix_k else q.new_empty((0,)),
+        prefix_like(prefix_v) if need_prefix_v else q.new_empty((0,)),
+    )
+
+
+_NUM_OPERANDS = 13
+
+
+def _save_for_backward(ctx: Any, operands: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
+    *tensors, causal, window, scale, dropout_p, seed = operands
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, lse, seed)
+    ctx.options = (causal, window, scale, dropout_p)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    _save_for_backward(ctx, inputs, out, lse)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * _NUM_OPERANDS
+    *tensors, out, lse, seed = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:5]
+    grads = torch.ops.fused_peft.prefix_attention_backward.default(
+        dout, *tensors[:5], out, lse, *tensors[5:], *ctx.options, seed, *needed
+    )
+    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return (*wanted, *(None,) * (_NUM_OPERANDS - 5))
+
+
+class _PrefixAttentionFunction(torch.autograd.Function):
+    """The op's autograd for eager mode; see ``_LoraLinearFunction``."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.fused_peft.prefix_attention.default(*operands)
+        _save_for_backward(ctx, operands, out, lse)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dout,) = grads
+        if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
+            return _backward(ctx, dout)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, dout)
+
+
+def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "fused_peft::prefix_attention has no second derivative; "
+        "fused_peft.reference.prefix_attention is differentiable any number of times"
+    )
+
+
+torch.library.register_fake("fused_peft::prefix_attention", _prefix_attention_fake)
+torch.library.register_fake(
+    "fused_peft::prefix_attention_backward", _prefix_attention_backward_fake
+)
+torch.library.register_autograd(
+    "fused_peft::prefix_attention", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd("fused_peft::prefix_attention_backward", _no_double_backward)

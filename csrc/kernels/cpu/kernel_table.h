@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/attention_blocks.h"
 #include "kernels/lora_linear.h"
+#include "kernels/prefix_attention.h"
 
 namespace fused_peft::cpu {
 
@@ -69,6 +71,20 @@ struct KernelTable {
   // dst[i * dst_stride + j] = float(src(i, j)), src.col_stride 1
   void (*to_float)(const MatrixView& src, int64_t rows, int64_t cols, float* dst,
                    int64_t dst_stride);
+
+  // dst(i, j) = src[i * src_stride + j], rounded to dtype
+  void (*from_float)(const float* src, int64_t src_stride, int64_t rows, int64_t cols, void* dst,
+                     int64_t dst_stride, DType dtype);
+
+  // Floats from row to row of the sums of dk and dv.
+  int64_t (*attention_padded_head_dim)(const PrefixAttentionParams& p);
+  // Scratch of a forward block of so many queries; of any backward block.
+  int64_t (*attention_forward_scratch)(const PrefixAttentionParams& p, int64_t queries);
+  void (*attention_forward_block)(const PrefixAttentionForward& args,
+                                  const AttentionForwardBlock& block, char* scratch);
+  int64_t (*attention_backward_scratch)(const PrefixAttentionParams& p);
+  void (*attention_backward_block)(const PrefixAttentionBackward& args,
+                                   const AttentionBackwardBlock& block, char* scratch);
 };
 
 constexpr int64_t kMaxBlockRows = 512;

@@ -3,71 +3,13 @@
 #include "kernels/lora_linear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 
+#include "kernels/cpu/driver.h"
 #include "kernels/cpu/isa.h"
 
 namespace fused_peft::cpu {
 namespace {
-
-constexpr int64_t kAlignment = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeDeleter>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const auto bytes = static_cast<size_t>(
-      round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), kAlignment));
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(kAlignment, bytes)));
-}
-
-// One thread's packing buffers, kept for the next call: they fit the L2 cache and stay in it.
-char* thread_scratch(int64_t bytes) {
-  thread_local Buffer<char> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory = allocate<char>(bytes);
-    size = memory ? bytes : 0;
-  }
-  return memory.get();
-}
-
-// Runs fn(task, scratch) for every task; false when a thread had no memory for its scratch.
-template <class Fn>
-bool for_each_task(const KernelTable& table, const ParallelFor& parallel, int64_t tasks,
-                   const Fn& fn) {
-  if (tasks <= 0) return true;
-  struct Context {
-    const Fn* fn;
-    int64_t scratch_bytes;
-    std::atomic<bool> failed{false};
-  } context{&fn, table.scratch_bytes};
-  const auto run_one = [](void* opaque, int64_t task) {
-    auto* c = static_cast<Context*>(opaque);
-    char* scratch = thread_scratch(c->scratch_bytes);
-    if (scratch == nullptr)
-      c->failed = true;
-    else
-      (*c->fn)(task, scratch);
-  };
-  if (tasks == 1 || parallel.num_threads == 1) {
-    for (int64_t task = 0; task < tasks; ++task) run_one(&context, task);
-  } else {
-    parallel.run(tasks, run_one, &context);
-  }
-  return !context.failed;
-}
 
 // ---- dropout mask ------------------------------------------------------------------------------
 
@@ -84,14 +26,15 @@ bool make_mask(const LoraLinearParams& p, const KernelTable& table, const Parall
   mask.memory = allocate<uint64_t>(p.m * words);
   if (!mask.memory) return false;
   mask.view = {mask.memory.get(), words};
-  const double scaled = std::floor(p.dropout_p * 4294967296.0 + 0.5);
-  const auto threshold = static_cast<uint32_t>(std::min(scaled, 4294967295.0));
+  const uint32_t threshold = dropout_threshold(p.dropout_p);
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.m, 4 * parallel.num_threads));
-  return for_each_task(table, parallel, ceil_div(p.m, rows), [&](int64_t task, char*) {
-    for (int64_t i = task * rows; i < std::min(p.m, (task + 1) * rows); ++i)
-      table.dropout_row(p.seed, threshold, static_cast<uint64_t>(i) * static_cast<uint64_t>(p.k),
-                        p.k, mask.memory.get() + i * words);
-  });
+  return for_each_task(table.scratch_bytes, parallel, ceil_div(p.m, rows),
+                       [&](int64_t task, char*) {
+                         for (int64_t i = task * rows; i < std::min(p.m, (task + 1) * rows); ++i)
+                           table.dropout_row(p.seed, threshold,
+                                             static_cast<uint64_t>(i) * static_cast<uint64_t>(p.k),
+                                             p.k, mask.memory.get() + i * words);
+                       });
 }
 
 // ---- the pair of products: s, then the product that consumes it ---------------------------------
@@ -139,7 +82,7 @@ bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
     const auto task = [&](int64_t i, char* scratch) {
       table.gemm_block(*down, i * rows, std::min(down->m, (i + 1) * rows), 0, down->n, scratch);
     };
-    if (!for_each_task(table, parallel, ceil_div(down->m, rows), task)) return false;
+    if (!for_each_task(table.scratch_bytes, parallel, ceil_div(down->m, rows), task)) return false;
   }
   const auto task = [&](int64_t i, char* scratch) {
     const int64_t first_row = i / grid.col_parts * grid.part_rows;
@@ -152,7 +95,7 @@ bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
       table.gemm_block(main, m0, m1, n0, n1, scratch);
     }
   };
-  return for_each_task(table, parallel, grid.row_parts * grid.col_parts, task);
+  return for_each_task(table.scratch_bytes, parallel, grid.row_parts * grid.col_parts, task);
 }
 
 Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskView& mask,
@@ -180,9 +123,10 @@ bool run_decode(const Decode& d, const KernelTable& table, const ParallelFor& pa
   constexpr int64_t kColumnsOfBlock = 64;  // short enough to spread, long enough to stream
   const int64_t columns =
       std::max(kColumnsOfBlock, round_up(ceil_div(d.n, 4 * parallel.num_threads), kColumnsOfBlock));
-  return for_each_task(table, parallel, ceil_div(d.n, columns), [&](int64_t task, char*) {
-    table.decode_block(d, task * columns, std::min(d.n, (task + 1) * columns));
-  });
+  return for_each_task(table.scratch_bytes, parallel, ceil_div(d.n, columns),
+                       [&](int64_t task, char*) {
+                         table.decode_block(d, task * columns, std::min(d.n, (task + 1) * columns));
+                       });
 }
 
 bool decode_forward(const LoraLinearForward& args, const Mask& mask, const KernelTable& table,
@@ -205,7 +149,7 @@ bool decode_forward(const LoraLinearForward& args, const Mask& mask, const Kerne
     const auto task = [&](int64_t, char* scratch) {
       table.gemm_block(down, 0, p.m, 0, p.r, scratch);
     };
-    if (!for_each_task(table, parallel, 1, task)) return false;
+    if (!for_each_task(table.scratch_bytes, parallel, 1, task)) return false;
   } else {
     Decode down;
     down.m = p.m;
@@ -259,20 +203,22 @@ bool prepare_gradient(const LoraLinearParams& p, const KernelTable& table, const
 
 bool run_gradients(const AdapterGradient& a, const AdapterGradient& b, const KernelTable& table,
                    const ParallelFor& parallel) {
-  return for_each_task(table, parallel, a.panels + b.panels, [&](int64_t task, char* scratch) {
-    const AdapterGradient& g = task < a.panels ? a : b;
-    const int64_t n0 = (task < a.panels ? task : task - a.panels) * table.panel;
-    table.gemm_block(g.gemm, 0, g.gemm.m, n0, std::min(g.gemm.n, n0 + table.panel), scratch);
-  });
+  return for_each_task(
+      table.scratch_bytes, parallel, a.panels + b.panels, [&](int64_t task, char* scratch) {
+        const AdapterGradient& g = task < a.panels ? a : b;
+        const int64_t n0 = (task < a.panels ? task : task - a.panels) * table.panel;
+        table.gemm_block(g.gemm, 0, g.gemm.m, n0, std::min(g.gemm.n, n0 + table.panel), scratch);
+      });
 }
 
 bool bias_gradient(const LoraLinearBackward& args, const KernelTable& table,
                    const ParallelFor& parallel) {
   const LoraLinearParams& p = args.problem;
-  return for_each_task(table, parallel, ceil_div(p.n, table.panel), [&](int64_t task, char*) {
-    table.column_sum(args.dy, p.m, task * table.panel, std::min(p.n, (task + 1) * table.panel),
-                     args.dbias, p.bias.dtype);
-  });
+  return for_each_task(
+      table.scratch_bytes, parallel, ceil_div(p.n, table.panel), [&](int64_t task, char*) {
+        table.column_sum(args.dy, p.m, task * table.panel, std::min(p.n, (task + 1) * table.panel),
+                         args.dbias, p.bias.dtype);
+      });
 }
 
 void zero(void* out, int64_t count, DType dtype) {

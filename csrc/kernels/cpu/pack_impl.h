@@ -154,6 +154,24 @@ class BlockPrefetch {
   int64_t lines_ = 0, share_ = 0;
 };
 
+// dst(j, i) = src(i, j)
+inline void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float* dst,
+                      int64_t dst_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t filled_rows = rows - i < kLanes ? rows - i : kLanes;
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l)
+        block[l] = l < filled_rows ? load_partial(src + (i + l) * src_stride + j, cols - j) : Vec{};
+      transpose_block(block);
+      const int64_t filled_cols = cols - j < kLanes ? cols - j : kLanes;
+      for (int64_t l = 0; l < filled_cols; ++l)
+        store_partial(dst + (j + l) * dst_stride + i, block[l], filled_rows);
+    }
+  }
+}
+
 // ---- rows of A ---------------------------------------------------------------------------------
 
 // Rows as floats, the masked elements zero. k0 is a multiple of 64 where there is a mask.

@@ -1,25 +1,7 @@
 // The remaining small passes and the table that an instruction set's file hands out.
-#include "kernels/cpu/decode_impl.h"
-#include "kernels/cpu/philox_impl.h"
+#include "kernels/cpu/attention_backward_impl.h"
 
 namespace fused_peft::cpu::FUSED_PEFT_ISA {
-
-inline void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float* dst,
-                      int64_t dst_stride) {
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const int64_t filled_rows = rows - i < kLanes ? rows - i : kLanes;
-    for (int64_t j = 0; j < cols; j += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l)
-        block[l] = l < filled_rows ? load_partial(src + (i + l) * src_stride + j, cols - j) : Vec{};
-      transpose_block(block);
-      const int64_t filled_cols = cols - j < kLanes ? cols - j : kLanes;
-      for (int64_t l = 0; l < filled_cols; ++l)
-        store_partial(dst + (j + l) * dst_stride + i, block[l], filled_rows);
-    }
-  }
-}
 
 // Sums of short sums, for the reason given at kChunkSteps.
 inline void column_sum(const MatrixView& a, int64_t rows, int64_t c0, int64_t c1, void* out,
@@ -48,11 +30,34 @@ inline void to_float(const MatrixView& src, int64_t rows, int64_t cols, float* d
     stage_a_float(src, MaskView{}, i, 1, 0, cols, dst + i * dst_stride);
 }
 
+inline void from_float(const float* src, int64_t src_stride, int64_t rows, int64_t cols, void* dst,
+                       int64_t dst_stride, DType dtype) {
+  with_dtype(dtype, [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    T* to = static_cast<T*>(dst);
+    for (int64_t i = 0; i < rows; ++i, src += src_stride, to += dst_stride)
+      for (int64_t j = 0; j < cols; j += kLanes)
+        store_partial(to + j, load_partial(src + j, cols - j), cols - j);
+  });
+}
+
 constexpr KernelTable kTable = {
-    kPanel,          tile_rows(kMaxVecs), FUSED_PEFT_BF16_DOT != 0,
-    Scratch::kBytes, gemm_block,          decode_block,
-    dropout_row,     transpose,           column_sum,
+    kPanel,
+    tile_rows(kMaxVecs),
+    FUSED_PEFT_BF16_DOT != 0,
+    Scratch::kBytes,
+    gemm_block,
+    decode_block,
+    dropout_row,
+    transpose,
+    column_sum,
     to_float,
+    from_float,
+    attention_padded_head_dim,
+    attention_forward_scratch,
+    attention_forward_block,
+    attention_backward_scratch,
+    attention_backward_block,
 };
 
 }  // namespace fused_peft::cpu::FUSED_PEFT_ISA
