@@ -203,24 +203,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   args.out = view_heads(out_rows);
   args.lse = static_cast<const float*>(lse_rows.const_data_ptr());
   // What is not asked for is an empty tensor: a schema has no optional outputs.
-  const bool nothing = p.batch == 0 || p.queries == 0;
-  const auto output = [&](bool needed, Tensor tensor, HeadsOut& view) {
-    if (!needed) return torch::stable::new_empty(q, {0});
+  const auto keep = [&](Tensor tensor, HeadsOut& view) {
     view = view_out(tensor);
-    if (nothing && tensor.numel() > 0)
+    if ((p.batch == 0 || p.queries == 0) && tensor.numel() > 0)  // no query: no kernel runs
       std::memset(view.data, 0, static_cast<size_t>(tensor.numel() * element_size(p.dtype)));
     return tensor;
   };
-  const auto prefix_like = [&](const std::optional<Tensor>& prefix) {
-    if (!prefix.has_value()) return torch::stable::new_empty(q, {0, 0, 0});
-    const auto sizes = prefix->sizes();
-    return torch::stable::new_empty(q, std::vector<int64_t>(sizes.begin(), sizes.end()));
+  const auto heads = [&](bool needed, int64_t count, int64_t length, HeadsOut& view) {
+    return needed ? keep(new_heads(q, count, length), view) : torch::stable::new_empty(q, {0});
   };
-  Tensor dq = output(need_dq, new_heads(q, p.q_heads, p.queries), args.dq);
-  Tensor dk = output(need_dk, new_heads(q, p.kv_heads, p.keys), args.dk);
-  Tensor dv = output(need_dv, new_heads(q, p.kv_heads, p.keys), args.dv);
-  Tensor dprefix_k = output(need_dprefix_k, prefix_like(prefix_k), args.dprefix_k);
-  Tensor dprefix_v = output(need_dprefix_v, prefix_like(prefix_v), args.dprefix_v);
+  const auto like = [&](bool needed, const std::optional<Tensor>& prefix, HeadsOut& view) {
+    if (!needed || !prefix.has_value()) return torch::stable::new_empty(q, {0});
+    const auto sizes = prefix->sizes();
+    return keep(torch::stable::new_empty(q, std::vector<int64_t>(sizes.begin(), sizes.end())),
+                view);
+  };
+  Tensor dq = heads(need_dq, p.q_heads, p.queries, args.dq);
+  Tensor dk = heads(need_dk, p.kv_heads, p.keys, args.dk);
+  Tensor dv = heads(need_dv, p.kv_heads, p.keys, args.dv);
+  Tensor dprefix_k = like(need_dprefix_k, prefix_k, args.dprefix_k);
+  Tensor dprefix_v = like(need_dprefix_v, prefix_v, args.dprefix_v);
   check_status(cpu::prefix_attention_backward(args, cpu::chosen_isa(), torch_threads()),
                "prefix_attention_backward");
   return {dq, dk, dv, dprefix_k, dprefix_v};

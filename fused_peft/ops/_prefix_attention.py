@@ -233,17 +233,16 @@ def _prefix_attention_backward_fake(
 ) -> tuple[Tensor, ...]:
     heads, keys = k.shape[1], k.shape[2]
     need_q, need_k, need_v, need_prefix_k, need_prefix_v = others[-5:]
-    none = q.new_empty((0,))
 
-    def prefix_like(prefix: Tensor | None) -> Tensor:
-        return none if prefix is None else q.new_empty(prefix.shape)
+    def prefix_like(needed: bool, prefix: Tensor | None) -> Tensor:
+        return q.new_empty(prefix.shape if needed and prefix is not None else (0,))
 
     return (
-        _new_heads(q, q.shape[1], q.shape[2]) if need_q else none,
+        _new_heads(q, q.shape[1], q.shape[2]) if need_q else q.new_empty((0,)),
         _new_heads(q, heads, keys) if need_k else q.new_empty((0,)),
         _new_heads(q, heads, keys) if need_v else q.new_empty((0,)),
-        prefix_like(prefix_k) if need_prefix_k else q.new_empty((0,)),
-        prefix_like(prefix_v) if need_prefix_v else q.new_empty((0,)),
+        prefix_like(need_prefix_k, prefix_k),
+        prefix_like(need_prefix_v, prefix_v),
     )
 
 

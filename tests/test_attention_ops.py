@@ -1,0 +1,515 @@
+"""Prefix attention against float64 and against plain torch, on every instruction set."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fused_peft import _C, ops, reference
+
+ISAS = _C.available_cpu_isas()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Forces one instruction set, and fills uninitialised memory with NaN."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    _C.set_cpu_isa(before)
+
+
+def make(b, hq, hkv, s, t, d, p, dtype, *, seed=0, batched=False, layout="bhsd"):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    def heads(count, length):
+        if layout == "bshd":
+            return draw(b, length, count, d).transpose(1, 2)
+        if layout == "columns":  # D is not the contiguous dimension
+            return draw(b, count, d, length).transpose(2, 3)
+        return draw(b, count, length, d)
+
+    prefix = (b, hkv, p, d) if batched else (hkv, p, d)
+    return {
+        "q": heads(hq, s),
+        "k": heads(hkv, t),
+        "v": heads(hkv, t),
+        "prefix_k": draw(*prefix),
+        "prefix_v": draw(*prefix),
+        "dout": heads(hq, s),
+    }
+
+
+def run(fn, t, **kwargs):
+    """Output and the gradients of q, k, v, prefix_k, prefix_v."""
+    leaves = [t[name].detach().requires_grad_() for name in NAMES]
+    out = fn(*leaves, **kwargs)
+    grads = torch.autograd.grad(out, leaves, t["dout"])
+    return {"out": out.detach()} | {"d" + n: g for n, g in zip(NAMES, grads, strict=True)}
+
+
+def keep_of(t, **kwargs):
+    options = ("causal", "key_lengths", "key_mask", "query_start", "sliding_window")
+    given_options = {"causal": False} | {k: v for k, v in kwargs.items() if k in options}
+    keep = reference.attention_keep(
+        t["q"].shape[2], t["k"].shape[2], batch=t["q"].shape[0], **given_options
+    )
+    return F.pad(keep, (t["prefix_k"].shape[-2], 0), value=True)[:, None]
+
+
+def concat_sdpa(q, k, v, prefix_k, prefix_v, **kwargs):
+    """What PEFT and transformers run: the prefix expanded and concatenated, and a mask."""
+    keep = keep_of({"q": q, "k": k, "prefix_k": prefix_k}, **kwargs)
+    k = torch.cat((prefix_k.expand(q.shape[0], -1, -1, -1), k), dim=2)
+    v = torch.cat((prefix_v.expand(q.shape[0], -1, -1, -1), v), dim=2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=keep, scale=kwargs.get("scale"), enable_gqa=True
+    )
+
+
+def exact(t, **kwargs):
+    return run(reference.prefix_attention, {k: v.double() for k, v in t.items()}, **kwargs)
+
+
+def sizes_of_terms(t, **kwargs):
+    """Norms of the sums' terms, without the cancellation between them, in float64."""
+    t = {name: value.double() for name, value in t.items()}
+    batch, heads, _, d = t["q"].shape
+    group = heads // t["k"].shape[1]
+    scale = kwargs.get("scale") or d**-0.5
+    k, v = (
+        torch.cat((t["prefix_" + n].expand(batch, -1, -1, -1), t[n]), dim=2).repeat_interleave(
+            group, dim=1
+        )
+        for n in ("k", "v")
+    )
+    scores = (t["q"] @ k.mT * scale).masked_fill(~keep_of(t, **kwargs), -1e300)
+    weights = scores.softmax(-1).masked_fill(~keep_of(t, **kwargs), 0.0)
+    weights = weights / (1.0 - kwargs.get("dropout_p", 0.0))
+    dweights = t["dout"].abs() @ v.abs().mT
+    ds = weights * (dweights + (weights * dweights).sum(-1, keepdim=True)) * scale
+    return {
+        "out": (weights @ v.abs()).norm(),
+        "dq": (ds @ k.abs()).norm(),
+        "dk": (ds.mT @ t["q"].abs()).norm(),
+        "dv": (weights.mT @ t["dout"].abs()).norm(),
+    }
+
+
+def relative_error(out, ref):
+    norm = ref.norm()
+    return ((out.double() - ref).norm() / norm if norm > 0 else (out.double() - ref).norm()).item()
+
+
+def assert_no_worse_than_torch(t, **kwargs):
+    """The rule: no error is larger than that of plain torch at the same dtype.
+
+    Two sets of n independent rounding errors of one size have norms that differ by about
+    1 / sqrt(n) of it by chance, and four of those are allowed. The errors of a query's weights are
+    one error, that of its sum: there are B Hq S of them. Half a unit of the format is that of the
+    terms of the sums, which may cancel: a query that sees one key has gradients of zero.
+    """
+    plain = reference.prefix_attention if kwargs.get("dropout_p") else concat_sdpa
+    ours, torchs, truth = run(ops.prefix_attention, t, **kwargs), run(plain, t, **kwargs), None
+    truth = exact(t, **kwargs)
+    terms = sizes_of_terms(t, **kwargs)
+    queries = t["q"][..., 0].numel()
+    for name, ref in truth.items():
+        assert ours[name].dtype == torchs[name].dtype
+        assert ours[name].shape == torchs[name].shape
+        if ref.numel() == 0:
+            continue
+        error, allowed = relative_error(ours[name], ref), relative_error(torchs[name], ref)
+        by_chance = 4.0 / math.sqrt(max(1, min(ref.numel(), queries)))
+        unit = torch.finfo(ours[name].dtype).eps / 2
+        norm = ref.norm().item()
+        unit *= terms[name.replace("prefix_", "")].item() / (norm if norm > 0 else 1.0)
+        assert error <= allowed * (1 + by_chance) + unit * by_chance, (name, error, allowed)
+
+
+# B, Hq, Hkv, S, T, D, P: one token, primes, cache longer than the queries, more than one block of
+# keys and of queries, MQA, every width of head, no prefix, no multiple of 8 in S, T or P.
+SHAPES = [
+    (1, 1, 1, 1, 1, 8, 1),
+    (2, 3, 1, 1, 60, 64, 5),
+    (2, 6, 2, 17, 17, 64, 7),
+    (1, 4, 4, 65, 70, 32, 0),
+    (2, 8, 1, 40, 41, 96, 33),
+    (1, 2, 2, 133, 133, 80, 130),
+    (3, 2, 1, 7, 11, 136, 2),
+    (1, 3, 3, 30, 600, 64, 64),
+    (1, 2, 1, 300, 300, 128, 31),
+    (2, 2, 2, 20, 20, 256, 9),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_not_above_plain_torch(isa, shape, causal, dtype):
+    assert_no_worse_than_torch(make(*shape, DTYPES[dtype]), causal=causal)
+
+
+OPTIONS = {
+    "key_lengths": {"key_lengths": torch.tensor([23, 40])},
+    "left_padding": {"key_mask": torch.arange(40) >= torch.tensor([[5], [0]])},
+    "holes": {"key_mask": torch.arange(40) % torch.tensor([[3], [7]]) != 1},
+    "query_start": {"query_start": torch.tensor([3, 7])},
+    "one_query_start": {"query_start": torch.tensor(5)},
+    "window": {"sliding_window": 9},
+    "window_and_lengths": {"sliding_window": 4, "key_lengths": torch.tensor([33, 12])},
+    "scale": {"scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_masks_and_options(isa, option, batched, causal, dtype):
+    t = make(2, 6, 2, 33, 40, 64, 10, DTYPES[dtype], batched=batched)
+    assert_no_worse_than_torch(t, causal=causal, **OPTIONS[option])
+
+
+@pytest.mark.parametrize("layout", ["bshd", "columns"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_strided_layouts_give_the_same_bits(isa, layout, dtype):
+    t = make(2, 6, 2, 33, 40, 64, 10, DTYPES[dtype], layout=layout)
+    strided = run(ops.prefix_attention, t, causal=True)
+    plain = run(ops.prefix_attention, {k: v.contiguous() for k, v in t.items()}, causal=True)
+    for name, value in plain.items():
+        assert torch.equal(strided[name], value), name
+
+
+def test_a_prefix_expanded_by_the_caller_gets_a_gradient_for_each_row(isa):
+    t = make(3, 4, 2, 9, 9, 32, 5, torch.float32)
+    expanded = {k: v.expand(3, -1, -1, -1) if "prefix" in k else v for k, v in t.items()}
+    shared = run(ops.prefix_attention, t, causal=True)
+    separate = run(ops.prefix_attention, expanded, causal=True)
+    for name in ("dprefix_k", "dprefix_v"):
+        assert separate[name].shape == (3, 2, 5, 32)
+        torch.testing.assert_close(separate[name].sum(0), shared[name])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    b=st.integers(1, 3),
+    hkv=st.integers(1, 3),
+    group=st.integers(1, 5),
+    s=st.integers(1, 140),
+    more_keys=st.integers(0, 150),
+    d=st.sampled_from([8, 16, 24, 40, 64, 72, 96, 104, 128, 200]),
+    p=st.integers(0, 140),
+    causal=st.booleans(),
+    window=st.sampled_from([None, None, 1, 13]),
+    drop=st.sampled_from([0.0, 0.0, 0.2]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    isa=st.sampled_from(ISAS),
+    data=st.data(),
+)
+def test_drawn_problems(b, hkv, group, s, more_keys, d, p, causal, window, drop, dtype, isa, data):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(isa)
+    try:
+        keys = s + more_keys
+        t = make(b, hkv * group, hkv, s, keys, d, max(p, 1), DTYPES[dtype], seed=s + 7 * d + p)
+        options = {"causal": causal, "sliding_window": window}
+        if data.draw(st.booleans()):
+            lengths = data.draw(st.lists(st.integers(0, keys), min_size=b, max_size=b))
+            options["key_lengths"] = torch.tensor(lengths)
+        if drop:
+            options |= {"dropout_p": drop, "seed": torch.tensor(77)}
+        assert_no_worse_than_torch(t, **options)
+    finally:
+        _C.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 6, 2, 33, 40, 64, 10), (1, 2, 1, 150, 600, 32, 70)], ids=str)
+def test_dropout_matches_the_reference_mask(isa, shape, dtype):
+    seed = torch.tensor(0x0123456789ABCDEF)
+    t = make(*shape, DTYPES[dtype])
+    assert_no_worse_than_torch(t, causal=True, dropout_p=0.3, seed=seed)
+    # Left padding moves the kernel's list of keys against the mask's columns.
+    mask = torch.arange(shape[4]).expand(shape[0], -1) >= 9
+    assert_no_worse_than_torch(t, key_mask=mask, dropout_p=0.3, seed=seed)
+
+
+def test_a_query_without_keys_gives_zeros(isa):
+    t = make(2, 2, 1, 6, 6, 16, 0, torch.float32)
+    mask = torch.tensor([[False] * 6, [True] * 6])
+    out = run(ops.prefix_attention, t, causal=True, key_mask=mask)
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(out[name][0], torch.zeros_like(out[name][0])), name
+        assert torch.isfinite(out[name]).all()
+    assert out["out"][1].abs().min() > 0
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
+def test_empty_dimensions(isa, empty):
+    b, s, keys = (
+        0 if empty == n else size for n, size in (("batch", 2), ("queries", 3), ("keys", 5))
+    )
+    t = make(b, 4, 2, s, keys, 16, 3, torch.float32)
+    out = run(ops.prefix_attention, t)
+    assert out["out"].shape == (b, 4, s, 16)
+    if empty == "keys":
+        for name, ref in exact(t).items():
+            assert relative_error(out[name], ref) < 1e-6
+    else:
+        for name in ("dk", "dv", "dprefix_k", "dprefix_v"):
+            assert torch.equal(out[name], torch.zeros_like(out[name]))
+
+
+def test_prefix_alone_equals_the_same_keys_in_the_sequence(isa):
+    t = make(2, 4, 2, 9, 9, 32, 6, torch.float32)
+    joined = dict(t)
+    for n in ("k", "v"):
+        joined[n] = torch.cat((t["prefix_" + n].expand(2, -1, -1, -1), t[n]), dim=2)
+        joined["prefix_" + n] = t["prefix_" + n][:, :0]
+    # Queries stand behind the prefix, which a causal mask then does not hide.
+    out = ops.prefix_attention(*(t[n] for n in NAMES), causal=True)
+    torch.testing.assert_close(ops.prefix_attention(*(joined[n] for n in NAMES), causal=True), out)
+
+
+@pytest.mark.parametrize("names", [("q",), ("k",), ("v",), ("prefix_k",), ("prefix_k", "prefix_v")])
+def test_only_asked_gradients_are_formed(names):
+    t = make(2, 6, 2, 33, 40, 64, 10, torch.float32)
+    every = run(ops.prefix_attention, t, causal=True)
+    leaves = {n: t[n].detach().requires_grad_(n in names) for n in NAMES}
+    ops.prefix_attention(**leaves, causal=True).backward(t["dout"])
+    for name in NAMES:
+        if name in names:
+            torch.testing.assert_close(leaves[name].grad, every["d" + name])
+        else:
+            assert leaves[name].grad is None
+
+
+def test_saved_for_backward_is_out_and_lse_only():
+    t = make(2, 4, 2, 20, 20, 32, 5, torch.float32)
+    leaves = [t[n].requires_grad_() for n in NAMES]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s):
+        out = ops.prefix_attention(*leaves, causal=True)
+    inputs = {t[n].data_ptr() for n in NAMES} | {out.data_ptr()}
+    new = [s for s in saved if s.data_ptr() not in inputs]
+    assert [(tuple(s.shape), s.dtype) for s in new] == [((2, 4, 20), torch.float32)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_same_bits_from_run_to_run(p):
+    t = make(3, 6, 2, 300, 300, 64, 20, torch.bfloat16)
+    runs = [
+        run(ops.prefix_attention, t, causal=True, dropout_p=p, seed=torch.tensor(5))
+        for _ in range(4)
+    ]
+    for other in runs[1:]:
+        for name, value in runs[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 300, 300, 32, 20), (3, 4, 2, 40, 40, 32, 20)], ids=str)
+def test_any_number_of_threads(shape, threads):
+    # Heads then are shared between threads, some between more than two.
+    t = make(*shape, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_no_worse_than_torch(t, causal=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_masked_keys_of_any_value_do_not_matter(isa):
+    t = make(2, 4, 2, 20, 32, 64, 5, torch.bfloat16)
+    lengths = torch.tensor([20, 28])
+    options = {"causal": True, "query_start": lengths - 20}
+    clean = run(ops.prefix_attention, t, **options)
+    for b in range(2):
+        for name in ("k", "v"):
+            t[name][b, :, int(lengths[b]) :] = float("nan")
+    unfilled = run(ops.prefix_attention, t, **options)
+    assert torch.equal(unfilled["out"], clean["out"])
+
+
+# ---- torch's machinery ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("prefix", ["shared", "batched", None])
+def test_opcheck(prefix, p):
+    t = make(2, 4, 2, 9, 12, 16, 3, torch.float32, batched=prefix == "batched")
+    seed = torch.tensor(3) if p else None
+    leaves = [t[n].requires_grad_() for n in NAMES]
+    if prefix is None:
+        leaves[3:] = [None, None]
+    key_lengths = torch.tensor([12, 10])
+    options = (key_lengths, None, None, True, 0, 0.25, p, seed)
+    namespace = torch.ops.fused_peft
+    torch.library.opcheck(namespace.prefix_attention.default, (*leaves, *options))
+    detached = [None if x is None else x.detach() for x in leaves]
+    out, lse = namespace.prefix_attention.default(*detached, *options)
+    for need in ((True,) * 5, (True, False, True, False, True)):
+        torch.library.opcheck(
+            namespace.prefix_attention_backward.default,
+            (t["dout"], *detached, out, lse, *options, *need),
+        )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradcheck_of_the_reference(p):
+    t = make(2, 4, 2, 3, 5, 8, 2, torch.float64)
+    leaves = [t[n].requires_grad_() for n in NAMES]
+    options = {"causal": True, "dropout_p": p, "seed": torch.tensor(4)}
+    assert ops.attention_fallback_reason(leaves[0]) is not None
+    assert torch.autograd.gradcheck(lambda *x: ops.prefix_attention(*x, **options), leaves)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph_equals_eager(dynamic):
+    torch._dynamo.reset()
+
+    def loss(q, k, v, prefix_k, prefix_v):
+        return ops.prefix_attention(q, k, v, prefix_k, prefix_v, causal=True).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for length in (18, 25):
+        t = make(2, 4, 2, length, length, 16, 3, torch.float32)
+        leaves = [t[n].requires_grad_() for n in NAMES]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
+
+
+def test_autocast_takes_a_float32_model_to_bfloat16():
+    t = make(2, 4, 2, 20, 20, 32, 5, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(ops.prefix_attention, t | {"dout": t["dout"].bfloat16()}, causal=True)
+    assert out["out"].dtype == torch.bfloat16
+    for name, ref in exact(t, causal=True).items():
+        assert relative_error(out[name], ref) < 1e-2, name
+        assert name == "out" or out[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    t = make(2, 4, 2, 20, 20, 32, 5, torch.float32)
+    direct = run(ops.prefix_attention, t, causal=True)
+
+    def through_checkpoint(*leaves):
+        return checkpoint(
+            lambda *x: ops.prefix_attention(*x, causal=True), *leaves, use_reentrant=use_reentrant
+        )
+
+    leaves = [t[n].detach().requires_grad_() for n in NAMES]
+    through_checkpoint(*leaves).backward(t["dout"])
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        assert torch.equal(leaf.grad, direct["d" + name]), name
+
+
+def test_double_backward_is_refused():
+    t = make(1, 2, 1, 5, 5, 16, 2, torch.float32)
+    leaves = [t[n].requires_grad_() for n in NAMES]
+    out = ops.prefix_attention(*leaves, causal=True)
+    (dq,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+def test_func_transforms_are_right():
+    t = make(1, 2, 1, 4, 4, 8, 2, torch.float32)
+
+    def loss(module):
+        return lambda pk: (
+            module.prefix_attention(t["q"], t["k"], t["v"], pk, t["prefix_v"], causal=True)
+            .square()
+            .sum()
+        )
+
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(loss(ops))(t["prefix_k"]), transform(loss(reference))(t["prefix_k"])
+        )
+
+
+def test_training_a_prefix_lowers_a_loss():
+    torch.manual_seed(0)
+    t = make(4, 2, 2, 8, 8, 16, 4, torch.float32)
+    prefix = [nn.Parameter(t[n].clone()) for n in ("prefix_k", "prefix_v")]
+    optimizer = torch.optim.Adam(prefix, lr=0.05)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        out = ops.prefix_attention(t["q"], t["k"], t["v"], *prefix, causal=True)
+        loss = F.mse_loss(out, torch.ones_like(out))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(2, 4, 8)}, r"q has shape \(2, 4, 8\); expected 4 dimensions"),
+        (
+            {"k": torch.randn(2, 2, 6, 12)},
+            r"k has shape .*12\); expected \[2, Hkv, T, 8\]",
+        ),
+        ({"v": torch.randn(2, 2, 5, 8)}, "v has shape"),
+        ({"k": torch.randn(2, 3, 6, 8), "v": torch.randn(2, 3, 6, 8)}, "k has 3 heads and q has 4"),
+        (
+            {"prefix_k": torch.randn(3, 3, 8)},
+            r"prefix_k has shape .*; expected \[2, P, 8\]",
+        ),
+        ({"prefix_v": torch.randn(2, 4, 8)}, "prefix_v has shape"),
+        ({"prefix_v": None}, "prefix_v is None"),
+        ({"prefix_k": torch.randn(2, 3, 8).half()}, "prefix_k is torch.float16 and q is"),
+        ({"k": torch.randn(2, 2, 6, 8, device="meta")}, "k is on meta; expected cpu"),
+        ({"q": torch.randn(2, 4, 7, 8)}, "k has 6 positions and q has 7"),
+        ({"key_lengths": torch.tensor([1, 2, 3])}, "key_lengths is torch.int64 of shape"),
+        ({"key_lengths": torch.tensor([1.0, 2.0])}, "key_lengths is torch.float32"),
+        ({"key_mask": torch.ones(2, 6)}, "key_mask is torch.float32"),
+        ({"key_mask": torch.ones(2, 5, dtype=torch.bool)}, "key_mask is torch.bool of shape"),
+        ({"query_start": torch.tensor([1, 2, 3])}, "query_start is torch.int64 of shape"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"dropout_p": 1.0, "seed": torch.tensor(1)}, "dropout_p is 1.0"),
+        ({"dropout_p": 0.1}, "seed is None"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    t = make(2, 4, 2, 6, 6, 8, 3, torch.float32)
+    good = {name: t[name] for name in NAMES} | {"causal": True}
+    with pytest.raises(ValueError, match=message):
+        ops.prefix_attention(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "scale", "reason"),
+    [
+        (torch.float64, 8, None, "float64"),
+        (torch.float32, 264, None, "head dimension is 264"),
+        (torch.float32, 8, -1.0, "scale is -1.0"),
+    ],
+)
+def test_what_no_kernel_covers_falls_back_with_the_same_result(dtype, d, scale, reason):
+    t = make(1, 2, 1, 4, 4, d, 2, dtype)
+    operands = [t[n] for n in NAMES]
+    assert reason in ops.attention_fallback_reason(t["q"], scale)
+    expected = reference.prefix_attention(*operands, causal=True, scale=scale)
+    assert torch.equal(ops.prefix_attention(*operands, causal=True, scale=scale), expected)
