@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The editable install lists the packages, each known by its __init__.py.
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') \
-           CMakeLists.txt pyproject.toml
+           $(shell find fused_peft -name __init__.py) CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test setup lint typecheck format sanitize pytest bench dist clean
+.PHONY: demo compare test setup lint typecheck format sanitize pytest bench dist clean
 
 setup: $(VENV)/.installed
 
@@ -23,8 +24,15 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -C cmake.define.FUSED_PEFT_WERROR=ON -e .
 	touch $@
 
+# Either goes on where it was interrupted.
 demo: setup
-	$(BIN)/python examples/finetune_smollm2.py --require-improvement 0.25 --out out
+	$(BIN)/python examples/finetune_smollm2.py --require-improvement 0.25 --out out \
+	  $(if $(wildcard out/checkpoint.safetensors),--resume)
+	@echo "LoRA, prefix tuning, prompt tuning and P-tuning, side by side: make compare"
+
+compare: setup
+	$(BIN)/python examples/compare_methods.py --require-improvement 0.12 --out out/compare \
+	  $(if $(wildcard out/compare/unfinished),--resume)
 
 test: setup lint typecheck sanitize pytest
 
@@ -46,7 +54,8 @@ sanitize: $(VENV)/.requirements
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DFUSED_PEFT_SANITIZE=ON -DFUSED_PEFT_WERROR=ON
 	$(BIN)/cmake --build build/sanitize
-	build/sanitize/kernel_shapes
+	build/sanitize/lora_shapes
+	build/sanitize/attention_shapes
 
 pytest: setup
 	$(BIN)/pytest

@@ -99,9 +99,9 @@ inline void run_tile(const AttnTile& tile, int rows, int vecs) {
 
 // max(a, b), b where either is NaN.
 inline Vec vec_max(Vec a, Vec b) {
-#if FUSED_PEFT_VECTOR_BYTES == 64
+#if FUSED_PEFT_VECTOR_BYTES == 64  // maskz: GCC 12 warns of _mm512_max_ps's own header
   return reinterpret_cast<Vec>(
-      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+      _mm512_maskz_max_ps(0xFFFF, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif FUSED_PEFT_VECTOR_BYTES == 32
   return reinterpret_cast<Vec>(
       _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));

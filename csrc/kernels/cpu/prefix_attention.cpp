@@ -20,12 +20,6 @@ bool covered(const PrefixAttentionParams& p, Isa isa) {
          p.q_heads % p.kv_heads == 0 && p.keys + p.prefix < kLargest && p.scale > 0.0;
 }
 
-// Runs fn(worker, scratch) on every thread.
-template <class Fn>
-bool on_every_thread(int64_t scratch_bytes, const ParallelFor& parallel, const Fn& fn) {
-  return for_each_task(scratch_bytes, parallel, parallel.num_threads, fn);
-}
-
 // ---- forward -----------------------------------------------------------------------------------
 
 // (query, head) rows of a task: enough to hide the packing of keys behind them, few enough to
@@ -237,6 +231,28 @@ class Backward {
   Buffer<float> prefix_sums_;  // [B, Hkv, dk dv, P, D]
 };
 
+void zero(const HeadsOut& out, int64_t batch, int64_t heads, int64_t length,
+          const PrefixAttentionParams& p) {
+  if (!out.data) return;
+  const int64_t size = element_size(p.dtype);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < length; ++i)
+        std::memset(static_cast<char*>(out.data) +
+                        (b * out.batch_stride + h * out.head_stride + i * out.row_stride) * size,
+                    0, static_cast<size_t>(p.head_dim * size));
+}
+
+// Gradients of a problem without a query.
+void zero_gradients(const PrefixAttentionBackward& args) {
+  const PrefixAttentionParams& p = args.problem;
+  const int64_t prefixes = p.shared_prefix ? 1 : p.batch;
+  zero(args.dk, p.batch, p.kv_heads, p.keys, p);
+  zero(args.dv, p.batch, p.kv_heads, p.keys, p);
+  zero(args.dprefix_k, prefixes, p.kv_heads, p.prefix, p);
+  zero(args.dprefix_v, prefixes, p.kv_heads, p.prefix, p);
+}
+
 }  // namespace
 
 Status prefix_attention_forward(const PrefixAttentionForward& args, Isa isa,
@@ -260,14 +276,18 @@ Status prefix_attention_forward(const PrefixAttentionForward& args, Isa isa,
     }
   };
   const int64_t bytes = table.attention_forward_scratch(p, queries);
-  return on_every_thread(bytes, parallel, work) ? Status::kOk : Status::kOutOfMemory;
+  const bool done = for_each_task(bytes, parallel, parallel.num_threads, work);
+  return done ? Status::kOk : Status::kOutOfMemory;
 }
 
 Status prefix_attention_backward(const PrefixAttentionBackward& args, Isa isa,
                                  const ParallelFor& parallel) {
   const PrefixAttentionParams& p = args.problem;
   if (!covered(p, isa)) return Status::kUnsupported;
-  if (p.batch == 0 || p.queries == 0) return Status::kOk;  // the caller's outputs are zero already
+  if (p.batch == 0 || p.queries == 0) {
+    zero_gradients(args);
+    return Status::kOk;
+  }
   return Backward(args, isa, parallel).run();
 }
 
