@@ -54,6 +54,26 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_growth(run: Callable[[], object]) -> float:
+    """Bytes by which a call raises the peak of the process's resident memory (Linux), else NaN.
+
+    Freed memory goes back to the system first, and the kernel's record of the peak is reset.
+    """
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists() or platform.libc_ver()[0] != "glibc":
+        return math.nan
+
+    def kilobytes(field: str) -> int:
+        line = next(li for li in status.read_text().splitlines() if li.startswith(field + ":"))
+        return int(line.split()[1])
+
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024.0
+
+
 def geomean(values: list[float]) -> float:
     """Geometric mean of positive values."""
     return math.exp(statistics.fmean(math.log(v) for v in values))
