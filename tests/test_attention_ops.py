@@ -273,6 +273,19 @@ def test_empty_dimensions(isa, empty):
             assert torch.equal(out[name], torch.zeros_like(out[name]))
 
 
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_largest_score_anywhere(isa, order, dtype):
+    # Scores of 50 to 100 that rise from block to block of keys, so each has a larger maximum than
+    # all before it, or fall, so that whole blocks weigh nothing.
+    t = make(1, 4, 2, 130, 1300, 64, 20, DTYPES[dtype])
+    slope = torch.linspace(0.5, 4.0, 1300)
+    if order == "falling":
+        slope = slope.flip(0)
+    t["k"] = (t["k"].float() * slope[:, None]).to(DTYPES[dtype])
+    assert_no_worse_than_torch(t, causal=True, scale=0.3)
+
+
 def test_prefix_alone_equals_the_same_keys_in_the_sequence(isa):
     t = make(2, 4, 2, 9, 9, 32, 6, torch.float32)
     joined = dict(t)
