@@ -6,10 +6,22 @@ from fused_peft import ops, reference
 from fused_peft.checkpoint import load_adapter, save_adapter
 from fused_peft.diagnostics import explain
 from fused_peft.errors import AdapterError
-from fused_peft.nn import LoraLinear
+from fused_peft.nn import (
+    LoraLinear,
+    PrefixAttention,
+    PrefixEncoder,
+    PrefixMultiheadAttention,
+    PromptAdapters,
+    PromptEmbedding,
+    PromptEncoder,
+)
 from fused_peft.ops import prefix_attention
 from fused_peft.tuners import (
     LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PTuningConfig,
     add_adapter,
     delete_adapter,
     disable_adapter,
@@ -30,6 +42,16 @@ __all__ = [
     "AdapterError",
     "LoraConfig",
     "LoraLinear",
+    "PTuningConfig",
+    "PrefixAttention",
+    "PrefixEncoder",
+    "PrefixMultiheadAttention",
+    "PrefixTuningConfig",
+    "PromptAdapters",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "add_adapter",
     "delete_adapter",
     "disable_adapter",

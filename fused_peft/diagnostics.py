@@ -55,6 +55,11 @@ def report() -> str:
     found = _C.available_cpu_isas()
     nvcc = info["nvcc"]
     architectures = ", ".join(info["cuda_architectures"]) or "none: CUDA tensors use torch's ops"
+    kernels = [
+        ("  cpu float32", f"{_C.cpu_isa()} kernels"),
+        ("  cpu bfloat16", _half_note("avx512_bf16", "bfloat16 dot products", "float32 tiles")),
+        ("  cpu float16", f"{_C.cpu_isa()} kernels, float32 tiles"),
+    ]
     lines = [
         ("fused_peft", __version__),
         ("torch", f"{torch.__version__} (built against {info['torch_built_against']}, stable ABI)"),
@@ -68,10 +73,14 @@ def report() -> str:
         ("", ""),
         ("op", "served by"),
         ("lora_linear, lora_linear_backward", ""),
-        ("  cpu float32", f"{_C.cpu_isa()} kernels"),
-        ("  cpu bfloat16", _half_note("avx512_bf16", "bfloat16 dot products", "float32 tiles")),
-        ("  cpu float16", f"{_C.cpu_isa()} kernels, float32 tiles"),
+        *kernels,
         (f"  float64, other devices, r > {ops.MAX_RANK}", "fused_peft.reference (torch ops)"),
+        ("prefix_attention, prefix_attention_backward", ""),
+        *kernels,
+        (
+            f"  float64, other devices, heads wider than {ops.MAX_HEAD_DIM}",
+            "fused_peft.reference (torch ops)",
+        ),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)

@@ -7,9 +7,10 @@ covers the problem, with the same result.
 
 from ._common import MAX_RANK, autocast_dtype, new_seed
 from ._lora_linear import fallback_reason, lora_linear
-from ._prefix_attention import attention_fallback_reason, prefix_attention
+from ._prefix_attention import MAX_HEAD_DIM, attention_fallback_reason, prefix_attention
 
 __all__ = [
+    "MAX_HEAD_DIM",
     "MAX_RANK",
     "attention_fallback_reason",
     "autocast_dtype",

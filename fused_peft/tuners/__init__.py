@@ -15,10 +15,25 @@ from .lora import (
     unmerge_adapter,
 )
 from .modules_to_save import ModulesToSaveWrapper
+from .prompt_config import (
+    PROMPT_CONFIGS,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+)
+from .prompt_resolve import resolve_prompt_config
 
 __all__ = [
+    "PROMPT_CONFIGS",
     "LoraConfig",
     "ModulesToSaveWrapper",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
     "active_adapters",
     "add_adapter",
     "delete_adapter",
@@ -28,6 +43,7 @@ __all__ = [
     "inject_adapter",
     "merge_adapter",
     "print_trainable_parameters",
+    "resolve_prompt_config",
     "set_adapter",
     "unmerge_adapter",
 ]

@@ -1,4 +1,4 @@
-"""Puts :class:`fused_peft.LoraLinear` into an existing model, and drives the adapters there."""
+"""Puts adapters into an existing model, and drives them there: LoRA, and the prompt methods."""
 
 from __future__ import annotations
 
@@ -17,28 +17,43 @@ from ..nn.initializers import changes_base_weight, check_init_fits, init_pair
 from ..nn.lora_linear import LoraLinear
 from .config import LoraConfig
 from .modules_to_save import ModulesToSaveWrapper
-from .targets import Plan, make_plan, own_modules
+from .places import Sharing, find_places, original_module, put_module, save_modules
+from .prompt_config import PromptLearningConfig
+from .prompt_inject import (
+    delete_prompt,
+    new_prompt,
+    prompt_adapters,
+    prompt_names,
+    put_prompt,
+    set_prompt,
+)
+from .prompt_resolve import resolve_prompt_config
+from .targets import Plan, make_plan, own_modules, saved_modules, task_heads
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
 
 def get_peft_model(
     model: _ModelT,
-    config: LoraConfig,
+    config: LoraConfig | PromptLearningConfig,
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
+    tokenizer: Any = None,
 ) -> _ModelT:
     """Put a first adapter into ``model``, in place; everything else in it is frozen.
 
-    Every module that ``config`` names becomes a LoraLinear over the same weight Parameter, so tied
-    weights stay tied. The config as it turned out is kept in ``model.fused_peft_config``.
+    For LoRA every module that ``config`` names becomes a LoraLinear over the same weight Parameter,
+    so tied weights stay tied; a prefix or prompt is kept in ``model.prompt_adapters``. The config
+    as it turned out is kept in ``model.fused_peft_config``.
 
     Args:
-        model: any module with linear layers.
+        model: any module with linear layers; a transformers model for a prompt method.
         config: what to adapt and how.
         adapter_name: the new adapter's name; it is active.
-        autocast_adapter_dtype: adapters of a float16 or bfloat16 layer are float32.
+        autocast_adapter_dtype: LoRA adapters of a float16 or bfloat16 layer are float32. Prompts
+            are float32 in any case.
+        tokenizer: for a prompt that starts from text, in place of tokenizer_name_or_path.
 
     Returns:
         The same ``model``.
@@ -53,16 +68,23 @@ def get_peft_model(
             f"the model has the adapters {existing} already; use add_adapter(model, config, "
             f"{adapter_name!r}) for a further one"
         )
-    inject_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    inject_adapter(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        tokenizer=tokenizer,
+    )
     return model
 
 
 def add_adapter(
     model: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | PromptLearningConfig,
     adapter_name: str,
     *,
     autocast_adapter_dtype: bool = True,
+    tokenizer: Any = None,
 ) -> None:
     """Put a further adapter in, neither active nor trainable until :func:`set_adapter` names it.
 
@@ -70,16 +92,23 @@ def add_adapter(
         TypeError, ValueError: as :func:`get_peft_model`; or a second adapter that trains biases,
             which all adapters share. The model is left as it was.
     """
-    inject_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    inject_adapter(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        tokenizer=tokenizer,
+    )
 
 
 def inject_adapter(
     model: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | PromptLearningConfig,
     adapter_name: str,
     *,
     autocast_adapter_dtype: bool = True,
     strict: bool = True,
+    tokenizer: Any = None,
 ) -> None:
     """What :func:`get_peft_model` and :func:`add_adapter` do; a first adapter becomes active.
 
@@ -90,16 +119,23 @@ def inject_adapter(
         autocast_adapter_dtype: adapters of a float16 or bfloat16 layer are float32.
         strict: every entry of target_modules and modules_to_save has to match a module. Adapters
             that PEFT wrote need not be so, since it only asks that one entry does.
+        tokenizer: for a prompt that starts from text; not asked for where the config's
+            inference_mode is True, nor is a text then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a LoraConfig")
+    if not isinstance(config, (LoraConfig, PromptLearningConfig)):
+        raise TypeError(
+            f"config is a {type(config).__name__}; expected a LoraConfig, PrefixTuningConfig, "
+            "PromptTuningConfig or PTuningConfig"
+        )
     existing = _adapter_names(model)
     if check_adapter_name(adapter_name) in existing:
         raise ValueError(f"adapter_name is {adapter_name!r}; the model has {existing} already")
-    configs = _configs(model)
-    with_bias = [name for name, other in configs.items() if other.bias != "none"]
+    if isinstance(config, PromptLearningConfig):
+        _inject_prompt(model, config, adapter_name, tokenizer, strict, first=not existing)
+        return
+    with_bias = [name for name, other in _lora_configs(model).items() if other.bias != "none"]
     if config.bias != "none" and with_bias:
         raise ValueError(
             f"bias is {config.bias!r} and adapter {with_bias[0]!r} trains biases already; "
@@ -108,6 +144,31 @@ def inject_adapter(
     plan = make_plan(model, config, strict=strict)
     _check_starts(model, adapter_name, plan)
     _apply(model, adapter_name, plan, autocast_adapter_dtype, first=not existing)
+
+
+def _inject_prompt(
+    model: nn.Module,
+    config: PromptLearningConfig,
+    name: str,
+    tokenizer: Any,
+    strict: bool,
+    *,
+    first: bool,
+) -> None:
+    # All that can fail comes before the first change to the model.
+    resolved = resolve_prompt_config(model, config)
+    heads = task_heads(config.task_type)
+    saved = saved_modules(model, resolved.modules_to_save or [], heads, strict=strict)
+    adapter = new_prompt(model, resolved, tokenizer)
+    copies = {path: copy.deepcopy(original_module(module)) for path, module in saved.items()}
+    places = find_places(model)
+    if first:
+        model.requires_grad_(False)
+    put_prompt(model, name, adapter)
+    save_modules(name, saved, copies, places)
+    model.__dict__["fused_peft_config"] = {**_configs(model), name: resolved}
+    if first:
+        set_adapter(model, name, inference_mode=resolved.inference_mode)
 
 
 def set_adapter(
@@ -123,13 +184,19 @@ def set_adapter(
         inference_mode: do not make them trainable either.
 
     Raises:
-        ValueError: a name is unknown or given twice, or two of them have a copy of the same module
-            (modules_to_save). Nothing is changed then.
+        ValueError: a name is unknown or given twice, two of them have a copy of the same module
+            (modules_to_save), or two are prefixes or prompts. Nothing is changed then.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     _check_known(model, names)
     if len(set(names)) != len(names):
         raise ValueError(f"adapter_names is {names!r}; expected each adapter once")
+    prompts = [name for name in names if name in prompt_names(model)]
+    if len(prompts) > 1:
+        raise ValueError(
+            f"adapter_names is {names!r}; {prompts} are prefixes or prompts, of which only one can "
+            "be active"
+        )
     wrappers = _modules(model, ModulesToSaveWrapper)
     for path, wrapper in wrappers:
         rivals = [name for name in names if name in wrapper.modules_to_save]
@@ -140,9 +207,10 @@ def set_adapter(
             )
     for _, layer in _modules(model, LoraLinear):
         layer.set_adapter([n for n in names if n in layer.r], inference_mode=inference_mode)
-    for name, config in _configs(model).items():
+    for name, config in _lora_configs(model).items():
         if config.bias != "none":
             _train_biases(model, config.bias, name in names and not inference_mode)
+    set_prompt(model, prompts[0] if prompts else None, inference_mode=inference_mode)
     for _, wrapper in wrappers:
         copied = next((name for name in names if name in wrapper.modules_to_save), None)
         wrapper.set_adapter(copied, inference_mode=inference_mode)
@@ -151,11 +219,14 @@ def set_adapter(
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that are active in any layer of ``model``."""
     active: dict[str, None] = {}
+    prompts = prompt_adapters(model)
     for _, layer in _modules(model, LoraLinear):
         active.update(dict.fromkeys(layer.active_adapters))
     for _, wrapper in _modules(model, ModulesToSaveWrapper):
         if wrapper.active_adapter is not None:
             active[wrapper.active_adapter] = None
+    if prompts is not None and prompts.active is not None:
+        active[prompts.active] = None
     return list(active)
 
 
@@ -174,7 +245,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     still_active = [name for name in was_active if name != adapter_name]
     trainable = any(layer.lora_A[adapter_name].requires_grad for _, layer in layers)
     config = _configs(model).pop(adapter_name, None)
-    if config is not None and config.bias != "none":
+    if adapter_name in prompt_names(model):
+        trainable = delete_prompt(model, adapter_name)
+    if isinstance(config, LoraConfig) and config.bias != "none":
         _train_biases(model, config.bias, False)
     for _, layer in layers:
         alone = layer.active_adapters == [adapter_name]
@@ -201,15 +274,17 @@ def merge_adapter(
         adapter_names: None means the active ones.
 
     Raises:
-        ValueError: there is no adapter; a name is unknown; a weight is shared with another module,
-            which would change along; or ``safe`` and a result is not finite. Nothing is changed.
+        ValueError: there is no adapter; a name is unknown or that of a prefix or prompt, which
+            belongs to no weight; a weight is shared with another module, which would change along;
+            or ``safe`` and a result is not finite. Nothing is changed.
     """
+    _refuse_prompts(model, adapter_names)
     layers = _require_layers(model)
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names is {adapter_names!r}; expected a list of names")
     if adapter_names is not None:
         _check_known(model, adapter_names)
-    sharing = _Sharing(model)
+    sharing = Sharing(model)
     todo = []
     for path, layer in layers:
         wanted = layer.active_adapters if adapter_names is None else list(adapter_names)
@@ -250,8 +325,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no adapter.
     """
-    _require_layers(model)
-    for name, config in _configs(model).items():
+    prompts = prompt_adapters(model)
+    if prompts is None:
+        _require_layers(model)
+    for name, config in _lora_configs(model).items():
         if config.bias != "none":
             warnings.warn(
                 f"adapter {name!r} has bias={config.bias!r}: the biases it trained stay, so the "
@@ -262,9 +339,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     before = [module.adapters_enabled for module in modules]
     for module in modules:
         module.enable_adapters(False)
+    prompt_enabled = prompts is not None and prompts.enabled
+    if prompts is not None:
+        prompts.enabled = False
     try:
         yield
     finally:
+        if prompts is not None:
+            prompts.enabled = prompt_enabled
         for module, enabled in zip(modules, before, strict=True):
             module.enable_adapters(enabled)
 
@@ -298,15 +380,32 @@ def _require_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
     return layers
 
 
-def _configs(model: nn.Module) -> dict[str, LoraConfig]:
-    configs: dict[str, LoraConfig] = getattr(model, "fused_peft_config", {})
+def _refuse_prompts(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
+    prompts = prompt_names(model)
+    merged = prompts if adapter_names is None else [n for n in adapter_names if n in prompts]
+    has_lora = any(layer.r for _, layer in _modules(model, LoraLinear))
+    if merged and (adapter_names is not None or not has_lora):
+        raise ValueError(
+            f"adapter {merged[0]!r} is a prefix or prompt, which no weight can take in; expected "
+            "LoRA adapters to merge"
+        )
+
+
+def _configs(model: nn.Module) -> dict[str, LoraConfig | PromptLearningConfig]:
+    configs: dict[str, LoraConfig | PromptLearningConfig]
+    configs = getattr(model, "fused_peft_config", {})
     return configs
+
+
+def _lora_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    return {name: c for name, c in _configs(model).items() if isinstance(c, LoraConfig)}
 
 
 def _adapter_names(model: nn.Module) -> list[str]:
     names = dict.fromkeys(_configs(model))
     for _, layer in _modules(model, LoraLinear):
         names.update(dict.fromkeys(layer.r))
+    names.update(dict.fromkeys(prompt_names(model)))
     return list(names)
 
 
@@ -327,39 +426,9 @@ def _train_biases(model: nn.Module, kind: str, trainable: bool) -> None:
             bias.requires_grad_(trainable)
 
 
-class _Sharing:
-    """Which modules of a model hold the same weight."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._holders: dict[tuple[str, int], list[tuple[str, nn.Module]]] = {}
-        for path, module in model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._holders.setdefault(self._key(parameter), []).append((path, module))
-
-    @staticmethod
-    def _key(parameter: Tensor) -> tuple[str, int]:
-        # By memory, since two Parameters can share one. Tensor subclasses and meta tensors have
-        # none that can be asked for.
-        if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel():
-            return str(parameter.device), parameter.data_ptr()
-        return "object", id(parameter)
-
-    def refuse(self, path: str, module: nn.Module, what: str) -> None:
-        """Raise ValueError where another module would change along with ``module``."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        others = [p for p, m in self._holders[self._key(weight)] if m is not module]
-        if others:
-            raise ValueError(
-                f"{what} would change the weight of {path!r}, which {', '.join(map(repr, others))} "
-                "shares; expected a weight that only one module has"
-            )
-
-
 def _check_starts(model: nn.Module, name: str, plan: Plan) -> None:
     """What could go wrong at the start of one of the layers, before any is built."""
-    sharing = _Sharing(model)
+    sharing = Sharing(model)
     for path, module in plan.layers.items():
         spec, weight = plan.specs[path], module._parameters["weight"]
         assert weight is not None  # make_plan has seen it
@@ -376,22 +445,16 @@ def _check_starts(model: nn.Module, name: str, plan: Plan) -> None:
 def _apply(model: nn.Module, name: str, plan: Plan, autocast_dtype: bool, *, first: bool) -> None:
     # All that can fail comes before the first change to the model.
     pairs = {p: _new_pair(m, plan.specs[p], autocast_dtype) for p, m in plan.layers.items()}
-    copies = {p: copy.deepcopy(_original(module)) for p, module in plan.saved.items()}
-    places = _places(model)
+    copies = {p: copy.deepcopy(original_module(module)) for p, module in plan.saved.items()}
+    places = find_places(model)
     if first:
         model.requires_grad_(False)
     for path, module in plan.layers.items():
         layer = module if isinstance(module, LoraLinear) else LoraLinear.around(module)
         layer.weight.requires_grad_(False)
         layer.install(name, plan.specs[path], *pairs[path])
-        _put(places, module, layer)
-    for path, module in plan.saved.items():
-        if isinstance(module, ModulesToSaveWrapper):
-            wrapper = module
-        else:
-            wrapper = ModulesToSaveWrapper(module)
-        wrapper.add_adapter(name, copies[path])
-        _put(places, module, wrapper)
+        put_module(places, module, layer)
+    save_modules(name, plan.saved, copies, places)
     model.__dict__["fused_peft_config"] = {**_configs(model), name: plan.config}
     if first:
         set_adapter(model, name, inference_mode=plan.config.inference_mode)
@@ -406,30 +469,3 @@ def _new_pair(module: nn.Module, spec: AdapterSpec, autocast_dtype: bool) -> tup
     return init_pair(
         spec.init_lora_weights, spec.r, spec.scaling, weight.t() if transposed else weight, dtype
     )
-
-
-def _original(module: nn.Module) -> nn.Module:
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """By a module's id, every parent that holds it and the name there: modules can be shared."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child_name, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, child_name))
-    return places
-
-
-def _put(places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module) -> None:
-    if new is old:
-        return
-    for parent, child_name in places[id(old)]:
-        setattr(parent, child_name, new)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its inference fast path reads the weights past the layers, unless one has a hook.
-            new.register_forward_hook(_stay_in_view)
-
-
-def _stay_in_view(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook that does nothing."""

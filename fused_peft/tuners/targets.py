@@ -19,6 +19,7 @@ from torch import nn
 from ..nn.adapter_spec import AdapterSpec, near_matches
 from ..nn.base_layer import check_base, is_conv1d
 from ..nn.lora_linear import LoraLinear
+from ..nn.prompt_adapters import PromptAdapters
 from .config import LoraConfig
 from .modules_to_save import ModulesToSaveWrapper
 
@@ -82,7 +83,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
     Raises:
         TypeError: a match is no linear layer. ValueError: something is named that is not there.
     """
-    heads = _TASK_HEADS.get(config.task_type or "", [])
+    heads = task_heads(config.task_type)
     targets = config.target_modules
     config = dataclasses.replace(
         config,
@@ -104,15 +105,49 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
     return Plan(_resolved(config, layers, names), layers, specs, saved)
 
 
+def task_heads(task_type: str | None) -> list[str]:
+    """Names that the head which a task trains whole may have."""
+    return _TASK_HEADS.get(task_type or "", [])
+
+
+def saved_modules(
+    model: nn.Module,
+    wanted: Collection[str],
+    optional: Collection[str] = (),
+    *,
+    strict: bool = True,
+) -> dict[str, nn.Module]:
+    """The modules that modules_to_save names, by name; changes nothing.
+
+    Args:
+        model: of which.
+        wanted: ends of names.
+        optional: those of them that need not be there.
+        strict: each other one has to match a module.
+
+    Raises:
+        TypeError: one cannot be wrapped. ValueError: one is not there, or they overlap.
+    """
+    names = [name for name, _ in own_modules(model)]
+    ends = tuple(wanted)
+    for entry in ends if strict else ():
+        if entry not in optional and not any(name.endswith(entry) for name in names):
+            raise ValueError(f"modules_to_save has {entry!r}, {_no_such_module(entry, names)}")
+    saved = {n: m for n, m in own_modules(model) if ends and n.endswith(ends)}
+    _check_saved({}, saved)
+    return saved
+
+
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` without the root and without what adapters brought in."""
     inside = None  # named_modules goes depth first, so the last prefix is the one that counts
     for name, module in model.named_modules():
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        if isinstance(module, (LoraLinear, ModulesToSaveWrapper)):
+        if isinstance(module, (LoraLinear, ModulesToSaveWrapper, PromptAdapters)):
             inside = name + "."
-        yield name, module
+        if not isinstance(module, PromptAdapters):
+            yield name, module
 
 
 def spec_for(config: LoraConfig, path: str) -> AdapterSpec:

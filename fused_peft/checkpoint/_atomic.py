@@ -49,13 +49,18 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _NO_DIRECTORY_SYNC = _NO_LINKS | {errno.EACCES, errno.EBADF, errno.EISDIR}
 
 
-def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+def replace_files(
+    directory: Path, writers: Mapping[str, Callable[[Path], None]], obsolete: Iterable[str] = ()
+) -> None:
     """Write files into ``directory`` so that all of them change at once; other entries stay.
 
     Args:
         directory: made, with its parents, where it does not exist.
-        writers: file name -> function that writes that file at the path it is given. All have
-            returned, and their files are on disk, before a name in ``directory`` changes.
+        writers: file name -> function that writes that file at the path it is given. They are
+            called in this order, in one folder. All have returned, and their files are on disk,
+            before a name in ``directory`` changes.
+        obsolete: names of files to remove after the change. A kill may leave them, so a reader
+            must be able to tell that they are none of the new files.
 
     Raises:
         OSError: what a file operation raised, or whatever a writer raised. ``directory`` then
@@ -63,18 +68,20 @@ def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], None]]
     """
     _make_directory(directory)
     with _lock(directory, exclusive=True):
-        _settle(directory, writers)
+        _settle(directory)
         try:
             _stage(directory, writers)
             if _point_at_old(directory, writers):
                 _swap_by_link(directory, writers)
             else:
-                _commit_by_marker(directory, writers)
+                _commit_by_marker(directory)
         except BaseException:
             # The first error is the one to report; what cannot be tidied now the next save does.
             with contextlib.suppress(OSError):
-                _settle(directory, writers)
+                _settle(directory)
             raise
+        for name in obsolete:
+            (directory / name).unlink(missing_ok=True)
 
 
 def locate(directory: Path, name: str) -> Path:
@@ -156,17 +163,17 @@ def _swap_by_link(directory: Path, names: Iterable[str]) -> None:
     _sync_directory(directory)
     (staging / "next").replace(staging / "current")  # the commit
     _sync_directory(staging)
-    _settle(directory, names)
+    _settle(directory)
 
 
-def _commit_by_marker(directory: Path, names: Iterable[str]) -> None:
+def _commit_by_marker(directory: Path) -> None:
     staging = directory / _STAGING
     (staging / "committed").touch()
     _sync_directory(staging)
-    _settle(directory, names)
+    _settle(directory)
 
 
-def _settle(directory: Path, names: Iterable[str]) -> None:
+def _settle(directory: Path) -> None:
     """End a save, ours or a killed one: plain files again, committed content, no leftovers.
 
     A file is only ever replaced by one of the same content, or by the committed one in the mode
@@ -175,7 +182,9 @@ def _settle(directory: Path, names: Iterable[str]) -> None:
     staging = directory / _STAGING
     if not staging.is_dir():
         return
-    for name in names:
+    # The killed save's files need not be those of the next one. A name whose new file has moved to
+    # its place already is not listed, and is no link any more.
+    for name in sorted({file.name for file in (staging / "new").glob("*")}):
         final = directory / name
         if final.is_symlink() and final.readlink() == Path(_link_text(name)):
             if final.exists():

@@ -1,0 +1,98 @@
+"""Saving and loading an adapter of any kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import AdapterError
+from ..nn.adapter_spec import check_adapter_name
+from . import _lora
+from ._atomic import reading, replace_files
+from ._files import CONFIG_NAME, WEIGHTS_NAME, json_writer, read_config, tensor_writer
+from ._modules import unwrap
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default"
+) -> None:
+    """Write an adapter so that :func:`load_adapter` and PEFT's ``from_pretrained`` read it.
+
+    Args:
+        model: with the adapter, as ``get_peft_model`` or :func:`load_adapter` left it; it may be
+            compiled.
+        path: directory, made if need be. An adapter not named "default" goes to ``path/<name>``.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: the model has no such adapter, or base weights belong in the file while an
+            adapter is merged into them.
+        AdapterError: ``path`` is a file, or a tensor has NaN or infinity, or is on the meta device.
+        OSError: a file cannot be written, for one because the disk is full. As for every error,
+            the files that were there before are whole.
+    """
+    model = unwrap(model)
+    _lora.config_of(model, adapter_name)  # raises where there is no such adapter
+    directory = Path(path) if adapter_name == "default" else Path(path) / adapter_name
+    if Path(adapter_name).name != adapter_name:
+        raise ValueError(f"adapter_name is {adapter_name!r}; expected one that can name a folder")
+    for place in (Path(path), directory):
+        if place.exists() and not place.is_dir():
+            raise AdapterError(f"{place} is a file; expected a directory, or nothing yet")
+    document, tensors = _lora.contents(model, adapter_name)
+    replace_files(
+        directory,
+        {
+            CONFIG_NAME: json_writer(document),
+            WEIGHTS_NAME: tensor_writer(tensors, str(directory / WEIGHTS_NAME)),
+        },
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+) -> nn.Module:
+    """Read an adapter that :func:`save_adapter` or PEFT wrote into ``model``, in place.
+
+    A model that has no adapter of this name gets the layers from the file's config; the new
+    adapter is active if it is the model's first, otherwise ``set_adapter`` makes it so. One that
+    has it gets the weights. Every key, shape, dtype and value is checked before the model is
+    touched: after an error it is as it was. Tensors are cast to the dtype they have in the model.
+
+    Args:
+        model: the base model, or one with adapters; it may be compiled.
+        path: the directory that holds the two files. For an adapter saved under a name that is
+            ``<path of save_adapter>/<name>``.
+        adapter_name: its name in the model; it need not be the one it was saved under.
+        is_trainable: whether its parameters require grad afterwards. If not, the model is put in
+            eval mode too, so that dropout is off, as PEFT does.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterError: a file is missing, damaged, or no safetensors or JSON; the config is not one
+            of a LoRA adapter that can be computed here; a tensor is missing, unexpected, or of the
+            wrong shape or kind of dtype, or has NaN or infinity.
+        ValueError: ``adapter_name`` is merged into the weights now.
+    """
+    base = unwrap(model)
+    check_adapter_name(adapter_name)
+    directory = Path(path)
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise AdapterError(f"{directory} {what}; expected the directory of an adapter")
+    with reading(directory):
+        saved = read_config(directory)
+        is_new = adapter_name not in _lora.adapter_names(base)
+        apply = _lora.prepare(base, saved, adapter_name, is_new=is_new, is_trainable=is_trainable)
+    apply()
+    if not is_trainable:
+        base.eval()
+    return model

@@ -1,0 +1,73 @@
+"""Walking a model's modules, and a twin of it without values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module and its path, without what torch.compile puts into paths."""
+    return [(plain(path), module) for path, module in model.named_modules()]
+
+
+def plain(name: str) -> str:
+    """The name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the model itself.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise ValueError where a tensor of the model has no values."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} of the model is on the meta device; give it values first")
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """The module tree again with meta tensors; nothing done to it changes the original.
+
+    Not by deepcopy: a module may carry what cannot be copied, and tensors of any size.
+    """
+    return _outline(model, {})
+
+
+def _outline(module: nn.Module, made: dict[int, nn.Module | Tensor]) -> nn.Module:
+    known = made.get(id(module))
+    if isinstance(known, nn.Module):
+        return known
+    twin = made[id(module)] = module.__class__.__new__(module.__class__)
+    for name, value in vars(module).items():
+        vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    kinds: tuple[dict[str, Any], ...] = (twin._parameters, twin._buffers)
+    for tensors in kinds:
+        for name, tensor in tensors.items():
+            tensors[name] = None if tensor is None else _outline_tensor(tensor, made)
+    for name, child in twin._modules.items():
+        twin._modules[name] = None if child is None else _outline(child, made)
+    return twin
+
+
+def _outline_tensor(tensor: Tensor, made: dict[int, nn.Module | Tensor]) -> Tensor:
+    known = made.get(id(tensor))
+    if isinstance(known, Tensor):
+        return known
+    twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    made[id(tensor)] = twin
+    return twin

@@ -1,0 +1,1 @@
+"""What ties fused_peft to other libraries; each module imports its library itself."""
