@@ -1,9 +1,16 @@
-"""A training step of SmolLM2-135M: fused_peft's LoRA, HF PEFT's LoRA, and full fine-tuning.
+"""A training step of SmolLM2-135M with LoRA and prefix tuning, fused_peft's and HF PEFT's.
 
     python benchmarks/bench_finetune.py --dtype bfloat16,float32 --json out.json
 
-All linear layers are adapted, r=16, batch 4 x 128 tokens, AdamW. Times are medians of steps taken
-in turn in one process; each peak resident size is of a process of its own.
+Batch 4 x 128 tokens, AdamW.
+    ours         fused_peft's LoRA on all linear layers, r=16, and its attention
+    ours-sdpa    the same with the model's own attention
+    peft         HF PEFT's LoRA on all linear layers, r=16
+    ours-prefix  fused_peft's prefix tuning, 32 virtual tokens
+    peft-prefix  HF PEFT's prefix tuning, 32 virtual tokens
+    full         full fine-tuning
+Times are medians of steps taken in turn in one process; each peak resident size is of a process of
+its own.
 """
 
 from __future__ import annotations
@@ -21,8 +28,8 @@ import torch
 from timing import interleaved_medians, machine, print_table, write_json
 from torch import nn
 
-METHODS = ("ours", "peft", "full")
-BATCH, LENGTH, RANK = 4, 128, 16
+METHODS = ("ours", "ours-sdpa", "peft", "ours-prefix", "peft-prefix", "full")
+BATCH, LENGTH, RANK, VIRTUAL_TOKENS = 4, 128, 16, 32
 
 
 def load(dtype: torch.dtype) -> nn.Module:
@@ -45,16 +52,30 @@ def build(method: str, dtype: torch.dtype) -> Callable[[], object]:
     """A function that takes one training step."""
     torch.manual_seed(0)
     model = load(dtype)
-    if method == "ours":
-        from fused_peft import LoraConfig, get_peft_model
+    if method in ("ours", "ours-sdpa"):
+        import fused_peft
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        model = get_peft_model(model, config)
+        if method == "ours":
+            fused_peft.use_fused_attention(model)
+        config = fused_peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        fused_peft.get_peft_model(model, config)
     elif method == "peft":
         import peft
 
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         model = peft.get_peft_model(model, config)
+    elif method == "ours-prefix":
+        import fused_peft
+
+        prefix_config = fused_peft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS)
+        fused_peft.get_peft_model(model, prefix_config)
+    elif method == "peft-prefix":
+        import peft
+
+        prefix_config = peft.PrefixTuningConfig(
+            num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, prefix_config)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -89,7 +110,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"peak_rss_mib": peak}))
         return
-    print(f"{machine()}, SmolLM2-135M, B={BATCH}, T={LENGTH}, r={RANK}, all-linear\n")
+    print(f"{machine()}, SmolLM2-135M, B={BATCH}, T={LENGTH}\n")
     rows, results = [], []
     methods = args.methods.split(",")
     for dtype in args.dtype.split(","):
@@ -98,7 +119,8 @@ def main() -> None:
         seconds = interleaved_medians(steps, seconds=args.seconds, min_rounds=5)
         del steps
         for m in methods:
-            ratio = seconds[m] / seconds["peft"] if "peft" in methods else float("nan")
+            peer = "peft-prefix" if m.endswith("prefix") else "peft"
+            ratio = seconds[m] / seconds[peer] if peer in methods else float("nan")
             tokens = BATCH * LENGTH / seconds[m]
             result = {"dtype": dtype, "method": m, "step_seconds": seconds[m]}
             results.append(result | {"peak_rss_mib": peaks[m], "tokens_per_second": tokens})

@@ -6,6 +6,7 @@ from fused_peft import ops, reference
 from fused_peft.checkpoint import load_adapter, save_adapter
 from fused_peft.diagnostics import explain
 from fused_peft.errors import AdapterError
+from fused_peft.integrations.transformers import use_fused_attention
 from fused_peft.nn import (
     LoraLinear,
     PrefixAttention,
@@ -67,4 +68,5 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "unmerge_adapter",
+    "use_fused_attention",
 ]

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from prefix_models import inputs, mask, model, task, tokens
 from transformers import StaticCache
 
+import fused_peft
 from fused_peft import ops
 from fused_peft.integrations import transformers as integration
 from fused_peft.nn.plain_attention import plain_attention
@@ -451,3 +452,30 @@ def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
     with pytest.raises(ImportError, match=r"expected 5\.0 or later"):
         integration.register()
+
+
+def test_use_fused_attention_keeps_the_logits():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 100, (2, 7))
+    expected = llama(ids).logits
+    fused_peft.use_fused_attention(llama)
+    assert llama.config._attn_implementation == "fused_peft"
+    torch.testing.assert_close(llama(ids).logits, expected)
+
+
+def test_use_fused_attention_refuses_what_it_cannot_serve():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=100))
+    with pytest.raises(ValueError, match="model is a BloomForCausalLM"):
+        fused_peft.use_fused_attention(llama)
+    assert llama.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="model is a Linear"):
+        fused_peft.use_fused_attention(torch.nn.Linear(2, 2))

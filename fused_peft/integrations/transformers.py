@@ -80,6 +80,32 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, compact_mask)
 
 
+def use_fused_attention(model: nn.Module) -> None:
+    """Run a transformers model's attention through :func:`fused_peft.prefix_attention`.
+
+    Prefix tuning does this by itself; for LoRA or no adapter at all it is a step of its own, for
+    training and generation alike. What the op does not cover runs as plain torch operations.
+
+    Args:
+        model: a transformers model whose attention modules go through AttentionInterface.
+
+    Raises:
+        TypeError: ``model`` is no transformers model.
+        ValueError: the model's class has an attention of its own, which cannot be replaced.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose attention does not go through transformers' "
+            "AttentionInterface; expected a model whose attention can be replaced"
+        )
+    register()
+    model.set_attn_implementation(NAME)
+
+
 @contextlib.contextmanager
 def recorded(into: dict[int, tuple[Tensor, Tensor]]) -> Iterator[str]:
     """Within the context: the name of an attention implementation that also keeps what it is given.
