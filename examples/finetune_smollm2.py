@@ -1,9 +1,11 @@
 """Fine-tune a causal language model with fused_peft, and show that it learned.
 
 With no arguments: SmolLM2-135M-Instruct learns to write docstrings from those of this interpreter's
-standard library. With ``--data`` and ``--model``: any JSONL text and any transformers model.
+standard library, by LoRA. With ``--method``: by another method. With ``--data`` and ``--model``:
+any JSONL text and any transformers model.
 
     python examples/finetune_smollm2.py
+    python examples/finetune_smollm2.py --method prefix --out out/prefix
     python examples/finetune_smollm2.py --data mine.jsonl --model path/to/model --out out/mine
 
 A line of the file is ``{"text": ...}`` or ``{"prompt": ..., "completion": ...}``; only the
@@ -14,18 +16,13 @@ with ``--resume`` continues to the same final weights.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import inspect
-import json
 import math
 import os
-import platform
-import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,8 @@ from docstring_data import (
     read_jsonl,
     standard_library_docstrings,
 )
+from methods import METHODS
+from results import figures, print_and_judge, print_samples, restart_peak_memory, write_results
 from training import (
     Interrupt,
     Progress,
@@ -45,7 +44,6 @@ from training import (
     Trainer,
     held_out_loss,
     keep_freed_memory,
-    plot_losses,
     read_state,
 )
 
@@ -84,6 +82,28 @@ SHARE = number(float, lambda value: 0 < value < 1, "a number above 0 and below 1
 DROPOUT = number(float, lambda value: 0 <= value < 1, "a number from 0 up to below 1")
 
 
+# What a method can be told; which of them it can, and their defaults, is in METHODS.
+METHOD_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
+    ("learning_rate", RATE, "at the end of the warm-up"),
+    ("rank", COUNT, "of the update"),
+    ("alpha", COUNT, "the update is scaled by alpha/rank"),
+    ("dropout", DROPOUT, "on the adapter's input, on the prefix, or in the LSTM"),
+    ("virtual_tokens", COUNT, "how many are learned"),
+    ("encoder_hidden_size", COUNT, "width of the network that makes the virtual tokens"),
+    ("init_text", str, "what the virtual tokens start as"),
+]
+
+
+def option_of(name: str) -> str:
+    """The command line's name of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: object) -> str:
+    """A default for the help text, which has no room for a sentence."""
+    return "a sentence" if isinstance(value, str) else str(value)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options; ``--help`` shows their defaults."""
     parser = argparse.ArgumentParser(
@@ -93,13 +113,22 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, help="JSONL file; left out: the standard library's docstrings")
     add("--model", type=Path, help="transformers directory or .gguf file; left out: SmolLM2")
-    add("--method", choices=["lora"], default="lora")
+    add("--method", choices=list(METHODS), default="lora")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--steps", type=COUNT, default=300)
-    add("--learning-rate", type=RATE, default=1e-3, help="at the end of the warm-up")
-    add("--rank", type=COUNT, default=16)
-    add("--alpha", type=COUNT, default=32, help="the update is scaled by alpha/rank")
-    add("--dropout", type=DROPOUT, default=0.0, help="on the adapter's input")
+    for name, convert, text in METHOD_OPTIONS:
+        defaults = [
+            f"{method} {shown(known.defaults[name])}"
+            for method, known in METHODS.items()
+            if name in known.defaults
+        ]
+        add(
+            option_of(name),
+            type=convert,
+            # Not None, which the formatter would call the default.
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {', '.join(defaults)})",
+        )
     add("--batch-tokens", type=COUNT, default=512, help="most tokens a step, with padding")
     add("--max-length", type=COUNT, default=256, help="tokens after which a text is cut")
     add("--held-out", type=SHARE, default=0.1, help="share of modules, or of lines, to measure on")
@@ -120,6 +149,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be before anything is loaded; makes ``--out``."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    complete_options(parser, args)
     if args.max_length > args.batch_tokens:
         parser.error(
             f"--max-length {args.max_length} does not fit --batch-tokens {args.batch_tokens}"
@@ -150,6 +180,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.resume and checkpoint.exists():
         parser.error(f"{checkpoint} is of an unfinished run: add --resume, or remove it")
     return args
+
+
+def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The method's options: as given, else its defaults; None for those of other methods."""
+    defaults = METHODS[args.method].defaults
+    for name, _, _ in METHOD_OPTIONS:
+        if name in defaults:
+            setattr(args, name, getattr(args, name, defaults[name]))
+        elif hasattr(args, name):
+            others = ", ".join(m for m, known in METHODS.items() if name in known.defaults)
+            parser.error(
+                f"{option_of(name)} is an option of --method {others}, not of {args.method}"
+            )
+        else:
+            setattr(args, name, None)
 
 
 def packaged_model(parser: argparse.ArgumentParser) -> Path:
@@ -216,105 +261,32 @@ def generate_samples(
     return samples
 
 
-def print_samples(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
-    """Each prompt with what its author and the model, before and after, made of it."""
-    for old, new in zip(before, after, strict=True):
-        print(f"\n{old['prompt']}")
-        texts = {"author": old["author"], "before": old["model"], "after": new["model"]}
-        for title, text in texts.items():
-            print(f"  {title:6} | " + inspect.cleandoc(text).replace("\n", "\n         | "))
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The data that ``--data`` names, or the docstrings.
 
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("fused-peft", "torch", "transformers", "safetensors", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed, run from source"
-    return found
-
-
-def figures(
-    trainer: Trainer, corpus: Corpus, measured: int, after: float, samples: list[dict[str, str]]
-) -> dict[str, Any]:
-    """Everything a reader needs to judge the run, as JSON values."""
-    before = trainer.notes["held_out_loss"]
-    return {
-        "data": corpus.name,
-        "model": trainer.settings.model,
-        "hyper_parameters": asdict(trainer.settings),
-        "versions": versions(),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "trainable_parameters": sum(p.numel() for p in trainer.parameters.values()),
-        "train_examples": len(trainer.rows),
-        "held_out_examples": measured,
-        "held_out": {
-            "loss_before": before,
-            "loss_after": after,
-            "perplexity_before": math.exp(before),
-            "perplexity_after": math.exp(after),
-            "perplexity_fall": 1.0 - math.exp(after - before),
-        },
-        "training": {
-            "steps": trainer.step,
-            "epochs": trainer.tokens / sum(len(row.ids) for row in trainer.rows),
-            "tokens": trainer.tokens,
-            "seconds": trainer.seconds,
-            "tokens_per_second": trainer.tokens / trainer.seconds,
-            "loss": trainer.losses.tolist(),
-        },
-        # Linux counts in KiB. The highest since the process started, loading included.
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "samples_before": trainer.notes["samples"],
-        "samples_after": samples,
-    }
-
-
-def print_and_judge(result: dict[str, Any], required: float | None) -> bool:
-    """The closing lines; False when the held-out perplexity fell by less than ``required``."""
-    held, training = result["held_out"], result["training"]
-    enough = required is None or held["perplexity_fall"] >= required
-    verdict = ""
-    if required is not None:
-        verdict = f" (required: {required:.0%}): {'PASSED' if enough else 'FAILED'}"
-    print(
-        f"\n{training['steps']} steps, {training['epochs']:.2f} epochs, {training['tokens']} "
-        f"tokens in {training['seconds']:.0f} s: {training['tokens_per_second']:.0f} tokens/s, "
-        f"peak memory {result['peak_rss_mib']:.0f} MiB\n"
-        f"held-out loss {held['loss_before']:.3f} -> {held['loss_after']:.3f}, perplexity "
-        f"{held['perplexity_before']:.2f} -> {held['perplexity_after']:.2f}: "
-        f"down {held['perplexity_fall']:.1%}{verdict}"
-    )
-    return enough
-
-
-def write_results(out: Path, model: Any, result: dict[str, Any]) -> None:
-    """The adapter, the loss curve and the figures, the latter last: they mean that all is there."""
-    fused_peft.save_adapter(model, out / "adapter")
-    held = result["held_out"]
-    plot_losses(
-        out / "loss.png", result["training"]["loss"], held["loss_before"], held["loss_after"]
-    )
-    part = out / "figures.json.part"
-    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    part.replace(out / "figures.json")
-
-
-def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encoded]]:
-    """Data, model, adapter and trainer; the last value is the held-out examples to measure."""
+    Raises:
+        InputError: it cannot be used.
+    """
     if args.data is None:
-        corpus = standard_library_docstrings(args.held_out)
-    else:
-        corpus = read_jsonl(args.data, args.held_out)
+        return standard_library_docstrings(args.held_out)
+    return read_jsonl(args.data, args.held_out)
+
+
+def settings_of(args: argparse.Namespace, corpus: Corpus) -> Settings:
+    """What decides the final weights of a run with these arguments."""
     given = {
         **vars(args),
         "model": args.model.name,
         "data": corpus.fingerprint(),
         "warmup_steps": args.steps // 20,
     }
-    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
+    return Settings(**{field.name: given[field.name] for field in fields(Settings)})
+
+
+def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encoded]]:
+    """Data, model, adapter and trainer; the last value is the held-out examples to measure."""
+    corpus = read_corpus(args)
+    settings = settings_of(args, corpus)
     if args.resume:
         read_state(args.out / CHECKPOINT, settings)  # a wrong argument should not wait for a model
     model, tokenizer = load_model(args.model, DTYPES[args.dtype])
@@ -324,31 +296,27 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encode
         encode(corpus, examples, tokenizer, args.max_length) for examples in (corpus.train, spread)
     )
     torch.manual_seed(args.seed)
-    config = fused_peft.LoraConfig(
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    fused_peft.get_peft_model(model, config)
+    config = METHODS[args.method].make_config(vars(args))
+    fused_peft.get_peft_model(model, config, tokenizer=tokenizer)
     return Trainer(model, train, settings), tokenizer, corpus, held_out
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, trains, measures again, and writes; the exit status."""
-    keep_freed_memory()
     checkpoint = args.out / CHECKPOINT
     trainer, tokenizer, corpus, held_out = prepare(args)
     model = trainer.model
+    keep_freed_memory()
+    restart_peak_memory()
     print(f"{len(trainer.rows)} examples to learn, {len(held_out)} held out: {corpus.name}")
     fused_peft.print_trainable_parameters(model)
     if args.resume:
         trainer.load(checkpoint)
         print(f"continuing after step {trainer.step} of {args.steps}")
     else:
-        trainer.notes["samples"] = generate_samples(model, tokenizer, held_out, corpus.end)
-        trainer.notes["held_out_loss"] = held_out_loss(model, held_out, args.batch_tokens)
+        with fused_peft.disable_adapter(model):  # virtual tokens act from the start
+            trainer.notes["samples"] = generate_samples(model, tokenizer, held_out, corpus.end)
+            trainer.notes["held_out_loss"] = held_out_loss(model, held_out, args.batch_tokens)
     print(f"held-out loss before training: {trainer.notes['held_out_loss']:.3f}", flush=True)
 
     with Interrupt().installed() as interrupt:

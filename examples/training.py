@@ -30,20 +30,26 @@ from torch.nn import functional as F
 
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.99)
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the final weights; ``model`` is a name and ``data`` a fingerprint."""
+    """What decides the final weights; ``model`` is a name and ``data`` a fingerprint.
+
+    An option that the method does not have is None.
+    """
 
     model: str
     data: str
     method: str
-    rank: int
-    alpha: int
-    dropout: float
+    rank: int | None
+    alpha: int | None
+    dropout: float | None
+    virtual_tokens: int | None
+    encoder_hidden_size: int | None
+    init_text: str | None
     learning_rate: float
     warmup_steps: int
     steps: int
@@ -131,10 +137,12 @@ def completion_losses(model: Any, batch: Batch) -> Tensor:
     The output head sees only the positions that predict a target: it is the widest matrix by far
     and prompt tokens need no logits. No attention mask is passed: under causal attention a real
     token never sees the padding to its right, and without a mask the faster attention runs.
+    Virtual tokens that a method puts in front have positions of their own, which are left out.
     """
 
     def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][batch.at_head],)
+        of_text = inputs[0][:, -batch.ids.shape[1] :]
+        return (of_text[batch.at_head],)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -150,11 +158,13 @@ def keep_freed_memory() -> None:
     """Makes glibc keep large blocks for the next step instead of returning them to the system.
 
     The logits alone are tens of megabytes, and fetching such pages anew takes a tenth of a step.
+    What is free now, as after the loading of a model, is returned first.
     """
     if platform.libc_ver()[0] == "glibc":
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # malloc.h
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
+        libc.malloc_trim(0)
         for option in (trim_threshold, mmap_threshold):
-            mallopt(option, 1 << 30)
+            libc.mallopt(option, 1 << 30)
 
 
 @torch.no_grad()
@@ -377,18 +387,3 @@ class Progress:
             recent = trainer.losses[max(0, trainer.step - 20) : trainer.step].mean().item()
             speed = trainer.tokens / trainer.seconds
             self.bar.set_postfix_str(f"loss {recent:.3f}, {speed:.0f} tokens/s")
-
-
-def plot_losses(path: Path, losses: list[float], before: float, after: float) -> None:
-    """The loss of every step, its running mean, and the two held-out measurements."""
-    from matplotlib.figure import Figure
-
-    window = max(1, len(losses) // 12)
-    means = torch.tensor(losses).unfold(0, window, 1).mean(-1).tolist()
-    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.3, label="step")
-    axes.plot(range(window, len(losses) + 1), means, color="C0", label=f"mean of {window} steps")
-    axes.plot([0, len(losses)], [before, after], "o", color="C3", label="held out")
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a token")
-    axes.legend()
-    figure.savefig(path, dpi=120)

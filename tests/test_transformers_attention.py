@@ -475,7 +475,7 @@ def test_use_fused_attention_refuses_what_it_cannot_serve():
 
     bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=100))
     with pytest.raises(ValueError, match="model is a BloomForCausalLM"):
-        fused_peft.use_fused_attention(llama)
-    assert llama.config._attn_implementation == "eager"
+        fused_peft.use_fused_attention(bloom)
+    assert bloom.config._attn_implementation == "eager"
     with pytest.raises(TypeError, match="model is a Linear"):
         fused_peft.use_fused_attention(torch.nn.Linear(2, 2))
