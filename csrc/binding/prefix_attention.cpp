@@ -60,6 +60,10 @@ struct Operands {
   PrefixAttentionParams params;
 };
 
+ScalarType lse_type(const PrefixAttentionParams& p) {
+  return p.dtype == DType::kFloat32 ? ScalarType::Double : ScalarType::Float;
+}
+
 const int64_t* positions(const Tensor& t, const char* name, int64_t batch) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long &&
                       (t.numel() == 1 || (t.dim() == 1 && t.size(0) == batch)),
@@ -165,11 +169,11 @@ std::tuple<Tensor, Tensor> prefix_attention(
              {key_lengths, key_mask, query_start, causal, sliding_window, scale, dropout_p, seed});
   const PrefixAttentionParams& p = o.params;
   Tensor out = new_heads(q, p.q_heads, p.queries);
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.q_heads, p.queries}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.q_heads, p.queries}, lse_type(p));
   PrefixAttentionForward args;
   args.problem = p;
   args.out = view_out(out);
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse = lse.mutable_data_ptr();
   check_status(cpu::prefix_attention_forward(args, cpu::chosen_isa(), torch_threads()),
                "prefix_attention");
   return {out, lse};
@@ -192,15 +196,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
                   "fused_peft: dout and out must have q's dtype");
   STD_TORCH_CHECK(lse.numel() == p.batch * p.q_heads * p.queries && lse.is_cpu() &&
-                      lse.scalar_type() == ScalarType::Float,
-                  "fused_peft: lse must be the float32 [B, Hq, S] of the forward pass");
+                      lse.scalar_type() == lse_type(p),
+                  "fused_peft: lse must be the [B, Hq, S] of the forward pass");
   const Tensor dout_rows = with_contiguous_rows(dout), out_rows = with_contiguous_rows(out);
   const Tensor lse_rows = torch::stable::contiguous(lse);
   PrefixAttentionBackward args;
   args.problem = p;
   args.dout = view_heads(dout_rows);
   args.out = view_heads(out_rows);
-  args.lse = static_cast<const float*>(lse_rows.const_data_ptr());
+  args.lse = lse_rows.const_data_ptr();
   // What is not asked for is an empty tensor: a schema has no optional outputs.
   const auto keep = [](Tensor tensor, HeadsOut& view) {
     view = view_out(tensor);

@@ -2,7 +2,7 @@
 // structs, no framework, no exceptions.
 //
 //   scores = scale * q [prefix_k; k]^T              [B, Hq, S, P + T], masked
-//   lse    = log sum exp(scores)                    [B, Hq, S]  float
+//   lse    = log sum exp(scores)                    [B, Hq, S]  float, double for float32
 //   out    = drop(exp(scores - lse)) [prefix_v; v]  [B, Hq, S, D]
 //
 // Every query sees the whole prefix. Query i of row b stands at key p = query_start[b] + i and sees
@@ -53,15 +53,17 @@ struct PrefixAttentionParams {
 
 struct PrefixAttentionForward {
   PrefixAttentionParams problem;
-  HeadsOut out;          // [B, Hq, S, D]
-  float* lse = nullptr;  // [B, Hq, S] contiguous
+  HeadsOut out;  // [B, Hq, S, D]
+  // [B, Hq, S] contiguous. float; double where dtype is kFloat32: weights are recomputed from it,
+  // and a float of size 8 would lose a digit of each.
+  void* lse = nullptr;
 };
 
 // A null output is not computed.
 struct PrefixAttentionBackward {
   PrefixAttentionParams problem;
   HeadsView dout, out;            // [B, Hq, S, D]
-  const float* lse = nullptr;     // [B, Hq, S] contiguous, from the forward pass
+  const void* lse = nullptr;      // of the forward pass
   HeadsOut dq;                    // [B, Hq, S, D]
   HeadsOut dk, dv;                // [B, Hkv, T, D]
   HeadsOut dprefix_k, dprefix_v;  // as prefix_k

@@ -219,7 +219,8 @@ def _new_heads(like: Tensor, heads: int, length: int) -> Tensor:
 
 def _prefix_attention_fake(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
-    return _new_heads(q, heads, queries), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    lse_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    return _new_heads(q, heads, queries), q.new_empty((batch, heads, queries), dtype=lse_dtype)
 
 
 def _prefix_attention_backward_fake(

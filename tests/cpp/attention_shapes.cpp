@@ -62,7 +62,7 @@ void run(const Case& c, DType dtype, double dropout_p, cpu::Isa isa, std::mt1993
   Heads dk(c.batch, c.kv_heads, c.keys, d, dtype), dv(c.batch, c.kv_heads, c.keys, d, dtype);
   Heads dpk(prefix_batch, c.kv_heads, c.prefix, d, dtype);
   Heads dpv(prefix_batch, c.kv_heads, c.prefix, d, dtype);
-  Matrix lse(c.batch * c.q_heads, c.queries, DType::kFloat32);
+  std::vector<double> lse(static_cast<size_t>(c.batch * c.q_heads * c.queries));
   for (Matrix* m :
        {static_cast<Matrix*>(&q), static_cast<Matrix*>(&k), static_cast<Matrix*>(&v),
         static_cast<Matrix*>(&pk), static_cast<Matrix*>(&pv), static_cast<Matrix*>(&dout)})
@@ -87,7 +87,7 @@ void run(const Case& c, DType dtype, double dropout_p, cpu::Isa isa, std::mt1993
   p.dropout_p = dropout_p;
   p.seed = 1234567890123456789ULL;
   forward.out = out.out();
-  forward.lse = static_cast<float*>(lse.data());
+  forward.lse = lse.data();
   const ParallelFor parallel{run_threads, 3};
   if (cpu::prefix_attention_forward(forward, isa, parallel) != Status::kOk) ++failures;
   PrefixAttentionBackward backward;

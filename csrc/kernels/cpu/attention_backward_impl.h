@@ -39,6 +39,7 @@ struct BackwardScratch {
   float* dq;            // [D, kColumns], transposed
   float* dq_rows;       // [kColumns, padded D]
   float* lse;           // [kColumns], base 2, inf where a query sees nothing
+  float* lse_rest;      // [kColumns], what the float of it left over
   float* delta;         // [kColumns]
   int32_t* lo;          // [kColumns] first sequence key that a query sees, as place in the list
   int32_t* hi;          // [kColumns] last one + 1
@@ -71,6 +72,7 @@ struct BackwardScratch {
     dq = pieces.take<float>((p.head_dim + kLanes) * kColumns);
     dq_rows = pieces.take<float>(kColumns * panels.padded());
     lse = pieces.take<float>(kColumns);
+    lse_rest = pieces.take<float>(kColumns);
     delta = pieces.take<float>(kColumns);
     lo = pieces.take<int32_t>(kColumns);
     hi = pieces.take<int32_t>(kColumns);
@@ -92,7 +94,7 @@ class BackwardItems {
         size_(element_size(p_.dtype)),
         steps_((p_.head_dim + Operand::kStep - 1) / Operand::kStep),
         panels_(p_.head_dim),
-        scale2_(static_cast<float>(p_.scale * 1.4426950408889634)),
+        scale2_(static_cast<float>(p_.scale / kLog2)),
         scale_(static_cast<float>(p_.scale)),
         kept_(static_cast<float>(1.0 / (1.0 - p_.dropout_p))),
         scratch_(p_, memory),
@@ -157,7 +159,6 @@ class BackwardItems {
   }
 
   void prepare_columns() {
-    const float* lse = args_.lse + (block_.batch * p_.q_heads + head_) * p_.queries + s0_;
     const int64_t position = first_position(p_, block_.batch) + s0_;
     first_key_ = batch_.range.hi;
     last_key_ = 0;
@@ -172,10 +173,21 @@ class BackwardItems {
         first_key_ = smaller(first_key_, range.lo);
         last_key_ = larger(last_key_, range.hi);
       }
-      scratch_.lse[c] =
-          real && lse[c] != kMinusInfinity ? lse[c] * 1.4426950408889634F : -kMinusInfinity;
+      const double lse = real ? saved_lse(s0_ + c) : -__builtin_inf();
+      const bool some = lse != -__builtin_inf();
+      scratch_.lse[c] = some ? static_cast<float>(lse) : -kMinusInfinity;
+      scratch_.lse_rest[c] = some ? static_cast<float>(lse - double{scratch_.lse[c]}) : 0.0F;
       scratch_.delta[c] = real ? row_product(s0_ + c) : 0.0F;
     }
+  }
+
+  // In base 2.
+  double saved_lse(int64_t s) const {
+    const int64_t i = (block_.batch * p_.q_heads + head_) * p_.queries + s;
+    const double lse = p_.dtype == DType::kFloat32
+                           ? static_cast<const double*>(args_.lse)[i]
+                           : double{static_cast<const float*>(args_.lse)[i]};
+    return lse / kLog2;
   }
 
   // dout . out of a query.
@@ -297,8 +309,9 @@ class BackwardItems {
   Vec gradient(int64_t u, int64_t row, int64_t tile_row, int64_t x, int64_t c0, bool whole) {
     const float* score = scratch_.scores + tile_row * kAttnCols + (x - c0);
     const float* dweight = scratch_.dweights + tile_row * kAttnCols + (x - c0);
-    Vec weight =
-        exp2_vec<Operand::kExpDegree>(load(score) * broadcast(scale2_) - load(scratch_.lse + x));
+    Vec exponent = load(score) * broadcast(scale2_) - load(scratch_.lse + x);
+    if constexpr (Operand::kStep == 1) exponent -= load(scratch_.lse_rest + x);
+    Vec weight = exp2_vec<Operand::kExpDegree>(exponent);
     if (!whole) weight = select(lanes_that_see(u + row, x), weight, Vec{});
     Vec dropped = weight, dw = load(dweight);
     if (p_.dropout_p > 0.0) {

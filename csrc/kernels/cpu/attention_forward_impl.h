@@ -110,7 +110,7 @@ class ForwardRows {
         rows_((block.s1 - block.s0) * group_),
         steps_((p_.head_dim + Operand::kStep - 1) / Operand::kStep),
         panels_(p_.head_dim),
-        scale_(static_cast<float>(p_.scale * 1.4426950408889634)),
+        scale_(static_cast<float>(p_.scale / kLog2)),
         scratch_(p_, rows_, memory),
         batch_(batch_keys(p_, block.batch)),
         position_(first_position(p_, block.batch) + block.s0),
@@ -268,21 +268,37 @@ class ForwardRows {
     return scratch_.keep;
   }
 
-  // lse, and m as the factor that turns sums into averages.
+  // m as the factor that turns sums into averages, and lse.
   void finish_softmax() {
     const auto kept = static_cast<float>(1.0 - p_.dropout_p);
+    const bool wide = p_.dtype == DType::kFloat32;
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (wide) write_lse(r, scratch_.l[r] == 0.0F ? -__builtin_inf() : wide_lse(r));
+    }
     for (int64_t r = 0; r < rows_; r += kLanes) {
       const Vec m = load(scratch_.m + r), l = load(scratch_.l + r);
       const VecI some = l != 0.0F;  // NaN counts
-      const Vec lse = (m + log2_vec(l)) * 0.6931471805599453F;
+      const Vec lse = (m + log2_vec(l)) * static_cast<float>(kLog2);
       store(scratch_.m + r, select(some, 1.0F / (l * kept), Vec{}));
       store(scratch_.l + r, select(some, lse, broadcast(kMinusInfinity)));
     }
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!wide) write_lse(r, scratch_.l[r]);
+    }
+  }
+
+  double wide_lse(int64_t r) const {
+    return (double{scratch_.m[r]} + __builtin_log2(double{scratch_.l[r]})) * kLog2;
+  }
+
+  template <class T>
+  void write_lse(int64_t r, T value) {
+    static_cast<T*>(args_.lse)[(block_.batch * p_.q_heads + head(r)) * p_.queries + query(r)] =
+        value;
   }
 
   void write_row(int64_t r) {
     const int64_t h = head(r), s = query(r);
-    args_.lse[(block_.batch * p_.q_heads + h) * p_.queries + s] = scratch_.l[r];
     const float factor = scratch_.m[r];
     const float* acc = scratch_.acc + r * panels_.padded();
     const HeadsOut& out = args_.out;

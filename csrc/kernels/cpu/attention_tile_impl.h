@@ -12,6 +12,7 @@ constexpr int kAttnRows = 6;
 constexpr int kAttnVecs = FUSED_PEFT_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kAttnCols = kAttnVecs * kLanes;
 
+constexpr double kLog2 = 0.6931471805599453;  // natural log of 2
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // Not std::min and std::max: kernel_table.h says why.
