@@ -205,3 +205,41 @@ def prefix_attention(
         weights = torch.where(kept.reshape(weights.shape), weights / (1.0 - dropout_p), 0.0)
     out = weights.to(q.dtype) @ v[:, :, None]
     return out.reshape(batch, q_heads, queries, head_dim)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` in the order of transformers' LlamaRMSNorm.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
+
+    Args:
+        x: ``[..., H]``.
+        weight: ``[H]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``[..., H]`` in x's dtype.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6."""
+    return F.silu(gate) * up
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """``-log softmax(logits)[label]`` of each row, in float32 at least; 0 at ``ignore_index``.
+
+    Args:
+        logits: ``[M, V]``.
+        labels: int64 ``[M]``.
+        ignore_index: the label of rows that do not count.
+
+    Returns:
+        ``[M]``, float64 for float64 logits, else float32.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")

@@ -6,6 +6,7 @@ covers the problem, with the same result.
 """
 
 from ._common import MAX_RANK, autocast_dtype, new_seed
+from ._frozen_layers import cross_entropy, rms_norm, swiglu
 from ._lora_linear import fallback_reason, lora_linear
 from ._prefix_attention import MAX_HEAD_DIM, attention_fallback_reason, prefix_attention
 
@@ -14,8 +15,11 @@ __all__ = [
     "MAX_RANK",
     "attention_fallback_reason",
     "autocast_dtype",
+    "cross_entropy",
     "fallback_reason",
     "lora_linear",
     "new_seed",
     "prefix_attention",
+    "rms_norm",
+    "swiglu",
 ]

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/attention_blocks.h"
+#include "kernels/frozen_layers.h"
 #include "kernels/lora_linear.h"
 #include "kernels/prefix_attention.h"
 
@@ -85,6 +86,14 @@ struct KernelTable {
   int64_t (*attention_backward_scratch)(const PrefixAttentionParams& p);
   void (*attention_backward_block)(const PrefixAttentionBackward& args,
                                    const AttentionBackwardBlock& block, char* scratch);
+
+  // Rows [m0, m1), or elements [i0, i1).
+  void (*rms_norm)(const RmsNorm& args, int64_t m0, int64_t m1);
+  void (*rms_norm_backward)(const RmsNorm& args, int64_t m0, int64_t m1);
+  void (*swiglu)(const SwiGlu& args, int64_t i0, int64_t i1);
+  void (*swiglu_backward)(const SwiGlu& args, int64_t i0, int64_t i1);
+  void (*cross_entropy)(const CrossEntropy& args, int64_t m0, int64_t m1);
+  void (*cross_entropy_backward)(const CrossEntropy& args, int64_t m0, int64_t m1);
 };
 
 constexpr int64_t kMaxBlockRows = 512;

@@ -1,5 +1,5 @@
 // The remaining small passes and the table that an instruction set's file hands out.
-#include "kernels/cpu/attention_backward_impl.h"
+#include "kernels/cpu/frozen_layers_impl.h"
 
 namespace fused_peft::cpu::FUSED_PEFT_ISA {
 
@@ -58,6 +58,12 @@ constexpr KernelTable kTable = {
     attention_forward_block,
     attention_backward_scratch,
     attention_backward_block,
+    rms_norm_rows,
+    rms_norm_backward_rows,
+    swiglu_range,
+    swiglu_backward_range,
+    cross_entropy_rows,
+    cross_entropy_backward_rows,
 };
 
 }  // namespace fused_peft::cpu::FUSED_PEFT_ISA
