@@ -56,6 +56,7 @@ sanitize: $(VENV)/.requirements
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/lora_shapes
 	build/sanitize/attention_shapes
+	build/sanitize/frozen_shapes
 
 pytest: setup
 	$(BIN)/pytest
