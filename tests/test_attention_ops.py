@@ -6,26 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import ISAS, forced, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_peft import _C, ops, reference
+from fused_peft import ops, reference
 
-ISAS = _C.available_cpu_isas()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Forces one instruction set, and fills uninitialised memory with NaN."""
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    _C.set_cpu_isa(before)
 
 
 def make(b, hq, hkv, s, t, d, p, dtype, *, seed=0, batched=False, layout="bhsd"):
@@ -108,11 +97,6 @@ def sizes_of_terms(t, **kwargs):
     }
 
 
-def relative_error(out, ref):
-    norm = ref.norm()
-    return ((out.double() - ref).norm() / norm if norm > 0 else (out.double() - ref).norm()).item()
-
-
 def assert_no_worse_than_torch(t, **kwargs):
     """The rule: no error is larger than that of plain torch at the same dtype.
 
@@ -152,6 +136,7 @@ SHAPES = [
     (1, 3, 3, 30, 600, 64, 64),
     (1, 2, 1, 300, 300, 128, 31),
     (2, 2, 2, 20, 20, 256, 9),
+    (1, 2, 1, 5, 9, 64, 4096),
 ]
 
 
@@ -220,9 +205,7 @@ def test_a_prefix_expanded_by_the_caller_gets_a_gradient_for_each_row(isa):
     data=st.data(),
 )
 def test_drawn_problems(b, hkv, group, s, more_keys, d, p, causal, window, drop, dtype, isa, data):
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(isa)
-    try:
+    with forced(isa):
         keys = s + more_keys
         t = make(b, hkv * group, hkv, s, keys, d, max(p, 1), DTYPES[dtype], seed=s + 7 * d + p)
         options = {"causal": causal, "sliding_window": window}
@@ -232,8 +215,6 @@ def test_drawn_problems(b, hkv, group, s, more_keys, d, p, causal, window, drop,
         if drop:
             options |= {"dropout_p": drop, "seed": torch.tensor(77)}
         assert_no_worse_than_torch(t, **options)
-    finally:
-        _C.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,22 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import ISAS, forced, relative_error
 
-from fused_peft import _C, ops, reference
+from fused_peft import ops, reference
 
-ISAS = _C.available_cpu_isas()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Forces one instruction set, and fills uninitialised memory with NaN."""
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    _C.set_cpu_isa(before)
 
 
 def draw(*shape, dtype, seed=0, scale=1.0):
@@ -33,11 +22,6 @@ def with_gradients(fn, leaves, dout):
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = fn(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
-
-
-def relative_error(out, ref):
-    norm = ref.norm()
-    return ((out.double() - ref).norm() / norm if norm > 0 else (out.double() - ref).norm()).item()
 
 
 def assert_no_worse_than_torch(op, plain, leaves, dout, *, rows=None, terms=1.0):
@@ -129,10 +113,8 @@ def test_cross_entropy_error(isa, shape, dtype):
     isa=st.sampled_from(ISAS),
 )
 def test_drawn_problems(m, h, dtype, isa):
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(isa)
     dtype = DTYPES[dtype]
-    try:
+    with forced(isa):
         check_rms_norm(m, h, dtype, dtype, seed=m)
         a, b, c = (draw(m, h, dtype=dtype, seed=s) for s in (3, 4, 5))
         assert_no_worse_than_torch(ops.swiglu, reference.swiglu, [a, b], c)
@@ -144,8 +126,6 @@ def test_drawn_problems(m, h, dtype, isa):
             torch.ones(m),
             rows=m,
         )
-    finally:
-        _C.set_cpu_isa(before)
 
 
 def test_strided_operands(isa):

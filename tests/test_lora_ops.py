@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import ISAS, forced, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_peft import _C, LoraLinear, ops, reference
 
-ISAS = _C.available_cpu_isas()
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -34,17 +34,6 @@ SHAPES = [
     (33, 20, 2100, 12),
     (33, 2100, 20, 12),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Forces one instruction set, and fills uninitialised memory with NaN."""
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    _C.set_cpu_isa(before)
 
 
 def make(m, n, k, r, dtype, adapter_dtype, seed=0, lead=()):
@@ -76,11 +65,6 @@ def run(fn, t, **kwargs):
 
 def exact(t, **kwargs):
     return run(reference.lora_linear, {k: v.double() for k, v in t.items()}, **kwargs)
-
-
-def relative_error(out, ref):
-    norm = ref.norm()
-    return ((out.double() - ref).norm() / norm if norm > 0 else (out.double() - ref).norm()).item()
 
 
 def assert_no_worse_than_torch(t, **kwargs):
@@ -159,13 +143,9 @@ def test_dropout_rate_and_seed(isa):
     p=st.sampled_from([0.0, 0.0, 0.1, 0.9]),
 )
 def test_drawn_problems(m, n, k, r, dtypes, isa, p):
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(isa)
-    try:
+    with forced(isa):
         t = make(m, n, k, r, *DTYPES[dtypes], seed=m + 7 * n + 13 * k)
         assert_no_worse_than_torch(t, scaling=1.3, dropout_p=p, seed=torch.tensor(99))
-    finally:
-        _C.set_cpu_isa(before)
 
 
 def test_rank_512_and_leading_dimensions(isa):
