@@ -6,6 +6,7 @@ from fused_peft import ops, reference
 from fused_peft.checkpoint import load_adapter, save_adapter
 from fused_peft.diagnostics import explain
 from fused_peft.errors import AdapterError
+from fused_peft.integrations.fuse import fuse_model, unfuse_model
 from fused_peft.integrations.transformers import use_fused_attention
 from fused_peft.nn import (
     LoraLinear,
@@ -57,6 +58,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "explain",
+    "fuse_model",
     "get_nb_trainable_parameters",
     "get_peft_model",
     "load_adapter",
@@ -67,6 +69,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "unfuse_model",
     "unmerge_adapter",
     "use_fused_attention",
 ]

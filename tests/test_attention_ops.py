@@ -403,14 +403,17 @@ def test_gradient_checkpointing(use_reentrant):
     direct = run(ops.prefix_attention, t, causal=True)
 
     def through_checkpoint(*leaves):
+        # Plain ops before it: its backward pass runs them again, below no autograd of its own.
         return checkpoint(
-            lambda *x: ops.prefix_attention(*x, causal=True), *leaves, use_reentrant=use_reentrant
+            lambda *x: ops.prefix_attention(*(2 * t.sinh().asinh() / 2 for t in x), causal=True),
+            *leaves,
+            use_reentrant=use_reentrant,
         )
 
     leaves = [t[n].detach().requires_grad_() for n in NAMES]
     through_checkpoint(*leaves).backward(t["dout"])
     for name, leaf in zip(NAMES, leaves, strict=True):
-        assert torch.equal(leaf.grad, direct["d" + name]), name
+        torch.testing.assert_close(leaf.grad, direct["d" + name], rtol=1e-4, atol=1e-5)
 
 
 def test_double_backward_is_refused():

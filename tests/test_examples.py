@@ -1,78 +1,48 @@
-"""The fine-tuning example on a tiny random Llama: data, loss, interruption, results."""
+"""The fine-tuning example on a tiny random Llama: loss, interruption, results."""
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from example_runs import (
+    COLOURS,
+    WORDS,
+    adapter_files,
+    arguments_of,
+    at_step,
+    corpus_of,
+    figures,
+    load,
+    make_data,
+    make_model,
+)
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import docstring_data
-import finetune_smollm2
-import training
-from docstring_data import Corpus, Example, InputError
 
 import fused_peft
 
-transformers = pytest.importorskip("transformers")
-for needed in ("tqdm", "matplotlib"):
-    pytest.importorskip(needed)
-
-COLOURS = ("red", "green")
-WORDS = [f"the colour of box {index} is" for index in range(40)]
+import docstring_data  # isort: skip
+import finetune_smollm2  # isort: skip
+import training  # isort: skip
+from docstring_data import InputError  # isort: skip
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a 2-layer Llama of random weights and a byte-level BPE tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     path = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([*WORDS, " ".join(COLOURS)], trainer)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,  # at the default 0.02 no adapter could make a confident logit
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    make_model(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [
-        {"prompt": prompt, "completion": " " + COLOURS[index % len(COLOURS)]}
-        for index, prompt in enumerate(WORDS)
-    ]
     path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    make_data(path)
     return path
 
 
@@ -81,121 +51,12 @@ def arguments(model_dir: Path, data: Path) -> Callable[..., list[str]]:
     """Arguments of a run of 12 short steps, three epochs, with dropout on."""
 
     def build(out: Path, *more: str) -> list[str]:
-        given = ["--model", model_dir, "--data", data, "--out", out, "--steps", 12]
-        given += [
-            "--batch-tokens",
-            80,
-            "--max-length",
-            40,
-            "--rank",
-            4,
-            "--dropout",
-            0.1,
-            "--held-out",
-            0.2,
-        ]
-        return [*map(str, given), *more]
+        return arguments_of("lora", model_dir, data, out, *more)
 
     return build
 
 
-def load(model_dir: Path) -> tuple[Any, Any]:
-    return finetune_smollm2.load_model(model_dir, torch.float32)
-
-
-# ------------------------------------------------------------------------------------- data
-
-
-def test_no_module_of_the_standard_library_is_on_both_sides() -> None:
-    corpus = docstring_data.standard_library_docstrings(0.1)
-    train, held_out = ({e.group for e in part} for part in (corpus.train, corpus.held_out))
-    assert not train & held_out
-    assert len(corpus.train) > 1000
-    assert len(corpus.held_out) > 100
-    completions = [example.completion for example in corpus.train + corpus.held_out]
-    assert len(completions) == len(set(completions))
-    assert not {"tkinter", "test", "idlelib"} & {g.split(".")[0] for g in train | held_out}
-
-
-def test_the_split_depends_on_the_name_alone() -> None:
-    # The first 8 bytes of SHA-256("json.decoder") as a fraction of 2**64, from sha256sum.
-    assert docstring_data.group_share("json.decoder") == 0x576BB4FF7B1A8F91 / 2**64
-
-
-def test_sources_are_parsed_and_never_run(tmp_path: Path) -> None:
-    (tmp_path / "pkg").mkdir()
-    (tmp_path / "test").mkdir()
-    documented = 'def f{0}(x, *, y=1):\n    """Return {1} of x."""\n'
-    (tmp_path / "a.py").write_text("raise SystemExit('was run')\n" + documented.format(1, "one"))
-    method = 'class C:\n    async def g(self) -> int:\n        """Do it now.\n\n        Twice."""\n'
-    (tmp_path / "pkg" / "__init__.py").write_text(method + documented.format(2, "one"))
-    (tmp_path / "pkg" / "broken.py").write_text("def f(:\n")
-    (tmp_path / "test" / "t.py").write_text(documented.format(3, "three"))
-    corpus = docstring_data.standard_library_docstrings(0.5, root=tmp_path)
-    examples = {e.origin: e for e in corpus.train + corpus.held_out}
-    assert set(examples) == {"a.f1", "pkg.C.g"}  # f2 repeats f1's text, "test" is skipped
-    assert examples["a.f1"].prompt == 'def f1(x, *, y=1):\n    """'
-    assert examples["a.f1"].completion == 'Return one of x."""'
-    assert examples["pkg.C.g"].prompt == ('class C:\n    async def g(self) -> int:\n        """')
-    assert examples["pkg.C.g"].completion == 'Do it now.\n\n        Twice.\n        """'
-    assert examples["pkg.C.g"].group == "pkg"
-
-
-def test_a_long_docstring_becomes_its_first_paragraph(tmp_path: Path) -> None:
-    text = "First paragraph of it.\n\n    " + "word " * 100
-    (tmp_path / "a.py").write_text(f'def f():\n    """{text}"""\n')
-    (tmp_path / "b.py").write_text(f'def f():\n    """{"word " * 100}"""\n')
-    (tmp_path / "c.py").write_text('def f():\n    """Another short docstring."""\n')
-    corpus = docstring_data.standard_library_docstrings(0.5, root=tmp_path)
-    completions = {e.completion for e in corpus.train + corpus.held_out}
-    assert completions == {'First paragraph of it."""', 'Another short docstring."""'}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a"', "not JSON"),
-        (b'{"text": "\xff"}', "not JSON"),
-        (b'["text"]', "expected a JSON object, got list"),
-        (b'{"txt": "a"}', r"got \['txt'\]"),
-        (b'{"prompt": "a"}', r"got \['prompt'\]"),
-        (b'{"text": "a", "prompt": "b"}', r"got \['prompt', 'text'\]"),
-        (b'{"text": 3}', "'text' must be a string, got int"),
-        (b'{"prompt": null, "completion": "b"}', "'prompt' must be a string, got NoneType"),
-        (b'{"prompt": "a", "completion": ""}', "the text to learn is empty"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(InputError, match=rf"bad\.jsonl, line 3: .*{message}"):
-        docstring_data.read_jsonl(path, 0.5)
-
-
-def test_equal_lines_stay_on_one_side(tmp_path: Path) -> None:
-    path = tmp_path / "twice.jsonl"
-    path.write_text("".join(json.dumps({"text": f"t{i % 10}"}) + "\n" for i in range(40)))
-    corpus = docstring_data.read_jsonl(path, 0.3)
-    assert len(corpus.train) + len(corpus.held_out) == 40
-    assert not {e.completion for e in corpus.train} & {e.completion for e in corpus.held_out}
-    path.write_text('{"text": "t"}\n' * 5)
-    with pytest.raises(InputError, match="needs at least 2"):
-        docstring_data.read_jsonl(path, 0.3)
-
-
-@pytest.mark.parametrize("held_out", [1e-9, 1 - 1e-9])
-def test_neither_side_is_empty(held_out: float) -> None:
-    examples = [Example("", f"t{i}", f"t{i}", f"line {i}") for i in range(3)]
-    train, held = docstring_data.split_by_group(examples, held_out)
-    assert min(len(train), len(held)) == 1
-
-
 # ------------------------------------------------------------------------- batches and loss
-
-
-def corpus_of(*pairs: tuple[str, str], end: str | None = None) -> Corpus:
-    examples = [Example(p, c, p + c, f"line {i}") for i, (p, c) in enumerate(pairs, start=1)]
-    return Corpus("test", examples, [], end)
 
 
 def test_only_completions_carry_loss(model_dir: Path) -> None:
@@ -260,46 +121,14 @@ def test_the_rate_warms_up_and_falls_to_nearly_nothing() -> None:
 # ------------------------------------------------------------------------------ whole runs
 
 
-def adapter_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "adapter").iterdir())}
-
-
-def figures(out: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((out / "figures.json").read_text(encoding="utf-8"))
-    return result
-
-
 class _Stop(Exception):  # noqa: N818
     """Stands for a kill between two steps."""
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    class Acting(training.Progress):
-        def __call__(self, trainer: training.Trainer) -> None:
-            super().__call__(trainer)
-            if trainer.step == step:
-                action()
-
-    monkeypatch.setattr(finetune_smollm2, "Progress", Acting)
 
 
 @pytest.fixture(scope="module")
 def whole_run(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    given = ["--model", model_dir, "--data", data, "--out", out, "--steps", 12]
-    given += [
-        "--batch-tokens",
-        80,
-        "--max-length",
-        40,
-        "--rank",
-        4,
-        "--dropout",
-        0.1,
-        "--held-out",
-        0.2,
-    ]
-    assert finetune_smollm2.main([*map(str, given)]) == 0
+    assert finetune_smollm2.main(arguments_of("lora", model_dir, data, out)) == 0
     return out
 
 
@@ -449,7 +278,8 @@ def test_it_learns_and_the_verdict_follows_the_figures(
         (["--held-out", "1"], "--held-out: expected a number above 0 and below 1"),
         (["--seed", "-1"], "--seed: expected an integer from 0"),
         (["--max-length", "100"], "--max-length 100 does not fit --batch-tokens 80"),
-        (["--method", "prefix"], "--method: invalid choice"),
+        (["--method", "adapter"], "--method: invalid choice: 'adapter'"),
+        (["--method", "ptuning"], "--rank is an option of --method lora, not of ptuning"),
         (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
         (["--model", "missing"], "--model missing: expected a transformers folder or a .gguf"),
         (["--model", "."], "--model .: there is no config.json"),

@@ -335,6 +335,21 @@ def test_gradient_checkpointing(use_reentrant):
         assert torch.equal(plain, checkpointed)
 
 
+def test_a_layer_at_the_end_of_a_checkpointed_block():
+    # Its backward pass is the first to unpack a saved tensor, and so runs the block again.
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), LoraLinear(8, 8, r=2))
+    nn.init.normal_(block[2].lora_B["default"])
+    x = torch.randn(20, 8, requires_grad=True)
+    parameters = [x, block[0].weight, block[2].lora_A["default"]]
+    plain = torch.autograd.grad(block(x).square().sum(), parameters)
+    y = checkpoint(block, x, use_reentrant=False)
+    for expected, grad in zip(
+        plain, torch.autograd.grad(y.square().sum(), parameters), strict=True
+    ):
+        assert torch.equal(grad, expected)
+
+
 def test_double_backward_is_refused():
     t = make(20, 24, 36, 4, torch.float32, torch.float32)
     x = t["x"].requires_grad_()

@@ -15,7 +15,19 @@ neither file. Tensors are named as in PEFT 0.21 (``peft/utils/save_and_load.py``
 ``...<embedding>.weight``                       both, where the vocabulary was resized
 ==============================================  ==================================================
 
-Both files change at once: a save that is killed at any moment leaves the old adapter or the new
+Of prefix tuning, prompt tuning and P-tuning there is what the virtual tokens are in the end:
+
+==============================================  ==================================================
+``prompt_embeddings`` (prefix tuning)           ``[P, 2 * layers * token_dim]``: layer 0's keys,
+                                                its values, layer 1's keys ...
+``prompt_embeddings`` (the other two)           ``[P * submodules, token_dim]``
+``base_model.<module>.<parameter>``             a module of ``modules_to_save``
+==============================================  ==================================================
+
+The MLP or LSTM that computes them is saved beside, in ``prompt_encoder.safetensors``, and what
+PEFT's config cannot say in ``fused_peft_config.json``; PEFT reads neither.
+
+All files change at once: a save that is killed at any moment leaves the old adapter or the new
 one, whole, and every other file in the directory stays as it is. How:
 :mod:`fused_peft.checkpoint._atomic`.
 

@@ -9,10 +9,13 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..nn.adapter_spec import check_adapter_name
-from . import _lora
+from ..tuners.prompt_config import PROMPT_CONFIGS
+from ..tuners.prompt_inject import prompt_names
+from . import _lora, _prompt
 from ._atomic import reading, replace_files
-from ._files import CONFIG_NAME, WEIGHTS_NAME, json_writer, read_config, tensor_writer
-from ._modules import unwrap
+from ._files import read_config
+from ._modules import adapter_names, unwrap
+from ._side_files import ENCODER_NAME, EXTRA_NAME, writers
 
 
 def save_adapter(
@@ -34,21 +37,18 @@ def save_adapter(
             the files that were there before are whole.
     """
     model = unwrap(model)
-    _lora.config_of(model, adapter_name)  # raises where there is no such adapter
+    kind = _prompt if adapter_name in prompt_names(model) else _lora
+    if kind is _lora:
+        _lora.config_of(model, adapter_name)  # raises where there is no such adapter
     directory = Path(path) if adapter_name == "default" else Path(path) / adapter_name
     if Path(adapter_name).name != adapter_name:
         raise ValueError(f"adapter_name is {adapter_name!r}; expected one that can name a folder")
     for place in (Path(path), directory):
         if place.exists() and not place.is_dir():
             raise AdapterError(f"{place} is a file; expected a directory, or nothing yet")
-    document, tensors = _lora.contents(model, adapter_name)
-    replace_files(
-        directory,
-        {
-            CONFIG_NAME: json_writer(document),
-            WEIGHTS_NAME: tensor_writer(tensors, str(directory / WEIGHTS_NAME)),
-        },
-    )
+    files = writers(kind.contents(model, adapter_name), directory)
+    obsolete = [name for name in (EXTRA_NAME, ENCODER_NAME) if name not in files]
+    replace_files(directory, files, obsolete)
 
 
 def load_adapter(
@@ -71,16 +71,18 @@ def load_adapter(
             ``<path of save_adapter>/<name>``.
         adapter_name: its name in the model; it need not be the one it was saved under.
         is_trainable: whether its parameters require grad afterwards. If not, the model is put in
-            eval mode too, so that dropout is off, as PEFT does.
+            eval mode too, so that dropout is off, as PEFT does. A prefix or prompt that an encoder
+            computed gets that encoder back, where :func:`save_adapter` has left it; otherwise, and
+            for inference, what it computed is the adapter.
 
     Returns:
         ``model``.
 
     Raises:
         AdapterError: a file is missing, damaged, or no safetensors or JSON; the config is not one
-            of a LoRA adapter that can be computed here; a tensor is missing, unexpected, or of the
-            wrong shape or kind of dtype, or has NaN or infinity.
-        ValueError: ``adapter_name`` is merged into the weights now.
+            of an adapter that can be computed here, or is one for a model of other sizes; a tensor
+            is missing, unexpected, or of the wrong shape or kind of dtype, or has NaN or infinity.
+        ValueError: ``adapter_name`` is merged into the weights now, or the model has no values.
     """
     base = unwrap(model)
     check_adapter_name(adapter_name)
@@ -90,8 +92,16 @@ def load_adapter(
         raise AdapterError(f"{directory} {what}; expected the directory of an adapter")
     with reading(directory):
         saved = read_config(directory)
-        is_new = adapter_name not in _lora.adapter_names(base)
-        apply = _lora.prepare(base, saved, adapter_name, is_new=is_new, is_trainable=is_trainable)
+        is_prompt = str(saved.document.get("peft_type")) in PROMPT_CONFIGS
+        is_new = adapter_name not in adapter_names(base)
+        if not is_new and is_prompt != (adapter_name in prompt_names(base)):
+            raise AdapterError(
+                f"{saved.config_file} has peft_type {saved.document.get('peft_type')!r}, and the "
+                f"model's adapter {adapter_name!r} is of another kind; load it under another name, "
+                "or delete the model's first"
+            )
+        kind = _prompt if is_prompt else _lora
+        apply = kind.prepare(base, saved, adapter_name, is_new=is_new, is_trainable=is_trainable)
     apply()
     if not is_trainable:
         base.eval()

@@ -21,6 +21,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose layout is written, noted in the config as its own save does."""
 
+PROMPT_KEY = "prompt_embeddings"
+
 _SHOWN = 4
 
 
@@ -248,13 +250,15 @@ def _check_shapes(
         expected = tuple(known[key].shape)
         if shape != expected:
             wrong.append(
-                f"{key} {list(shape)}, expected {list(expected)}{_rank_note(key, shape, expected)}"
+                f"{key} {list(shape)}, expected {list(expected)}{_size_note(key, shape, expected)}"
             )
     if wrong:
         raise AdapterError(f"{file} has tensors of the wrong shape: {shortened(wrong)}")
 
 
-def _rank_note(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _size_note(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if key == PROMPT_KEY and shape[1:] == expected[1:]:
+        return f" ({shape[0]} virtual tokens, not {expected[0]})"
     for suffix, rank, other in ((".lora_A.weight", 0, 1), (".lora_B.weight", 1, 0)):
         if key.endswith(suffix) and len(shape) == 2 and shape[other] == expected[other]:
             return f" (rank {shape[rank]}, not {expected[rank]})"

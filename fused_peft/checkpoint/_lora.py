@@ -20,6 +20,7 @@ from ..nn.lora_linear import LoraLinear
 from ..tuners.config import LoraConfig
 from ..tuners.lora import inject_adapter
 from ..tuners.modules_to_save import ModulesToSaveWrapper
+from ..tuners.prompt_inject import prompt_adapters
 from ._files import (
     Saved,
     base_name,
@@ -29,7 +30,8 @@ from ._files import (
     weights_file,
     writable,
 )
-from ._modules import modules, outline, plain, refuse_meta
+from ._modules import adapter_names, embedding_paths, modules, outline, plain, refuse_meta
+from ._side_files import Contents
 
 _PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -62,8 +64,8 @@ _UNUSED_FIELDS: Mapping[str, Any] = {
 _FIELDS_OF_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def contents(model: nn.Module, adapter_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What to write: the config's document and the tensors.
+def contents(model: nn.Module, adapter_name: str) -> Contents:
+    """What to write.
 
     Raises:
         ValueError: the model has no such adapter, or base weights belong in the file while an
@@ -75,7 +77,7 @@ def contents(model: nn.Module, adapter_name: str) -> tuple[dict[str, Any], dict[
     embeddings = _embeddings_to_write(model, config, adapter_name)
     _refuse_merged(model, embeddings)
     tensors = writable({**own, **embeddings})
-    return config_document(model, config.to_dict(), _UNUSED_FIELDS), tensors
+    return Contents(config_document(model, config.to_dict(), _UNUSED_FIELDS), tensors)
 
 
 def prepare(
@@ -116,6 +118,8 @@ def _named_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = plain(key).rpartition(".")
+        if owner.partition(".")[0] == "prompt_adapters" and prompt_adapters(model) is not None:
+            continue
         module, _, container = owner.rpartition(".")
         name = f"{owner}.{leaf}" if owner else leaf
         if owner in layers:
@@ -171,13 +175,9 @@ def _embedding_tensors(
 ) -> dict[str, Tensor]:
     """File key -> the live tensor, for the base weights of input and output embeddings."""
     prefixes = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = None
-        with contextlib.suppress(NotImplementedError):  # so say models without such a layer
-            layer = getattr(model, getter, lambda: None)()
+    for path, layer in embedding_paths(model):
         adapted = isinstance(layer, LoraLinear)
-        path = next((p for p, module in modules(model) if module is layer), None)
-        if path is not None and (adapted or not adapted_only):
+        if adapted or not adapted_only:
             prefixes.append(f"{_PREFIX}{path}." + ("base_layer." if adapted else ""))
     state = _named_state(model, adapter_name)
     return {k: v for k, v in state.items() if k.startswith(tuple(prefixes))} if prefixes else {}
@@ -193,12 +193,12 @@ def _embeddings_to_write(
         adapted = any(re.fullmatch(targets, path) for path in ends)
     else:
         adapted = not set(_EMBEDDING_NAMES).isdisjoint(targets or ())
-    if adapted or _vocabulary_was_resized(model, base_name(model, config.base_model_name_or_path)):
+    if adapted or vocabulary_was_resized(model, base_name(model, config.base_model_name_or_path)):
         return _embedding_tensors(model, adapter_name, adapted_only=adapted)
     return {}
 
 
-def _vocabulary_was_resized(model: nn.Module, name: str | None) -> bool:
+def vocabulary_was_resized(model: nn.Module, name: str | None) -> bool:
     """Whether the base model's own config, on this machine, has another vocabulary size."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not size or not name:
@@ -317,23 +317,18 @@ def _assign(
 # ---- the adapters of a model
 
 
-def adapter_names(model: nn.Module) -> set[str]:
-    """Names of the LoRA adapters in any layer of the model."""
-    return {name for _, m in modules(model) if isinstance(m, LoraLinear) for name in m.r}
-
-
 def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     """The config an adapter was put in with; read off the layers of a model that was built so."""
-    configs: dict[str, LoraConfig] = getattr(model, "fused_peft_config", {})
-    if adapter_name in configs:
-        return configs[adapter_name]
+    config = getattr(model, "fused_peft_config", {}).get(adapter_name)
+    if isinstance(config, LoraConfig):
+        return config
     layers = {
         path: module
         for path, module in modules(model)
         if isinstance(module, LoraLinear) and adapter_name in module.r
     }
     if not layers:
-        known = sorted(adapter_names(model))
+        known = adapter_names(model)
         raise ValueError(
             f"adapter_name is {adapter_name!r}; the model has the adapters {known}"
             f"{near_matches(str(adapter_name), known)}"

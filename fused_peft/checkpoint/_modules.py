@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..nn.lora_linear import LoraLinear
+from ..tuners.prompt_inject import prompt_names
 
 
 def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -29,6 +33,26 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the model's adapters of every kind, sorted."""
+    names = set(getattr(model, "fused_peft_config", {})) | set(prompt_names(model))
+    for _, module in modules(model):
+        if isinstance(module, LoraLinear):
+            names |= set(module.r)
+    return sorted(names)
+
+
+def embedding_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The input and the output embedding of a transformers model, as far as it has them."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = None
+        with contextlib.suppress(NotImplementedError):  # so say models without such a layer
+            layer = getattr(model, getter, lambda: None)()
+        found += [(path, module) for path, module in modules(model) if module is layer][:1]
+    return found
 
 
 def refuse_meta(model: nn.Module) -> None:

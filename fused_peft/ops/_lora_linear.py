@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -191,13 +192,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, torch.ops.fused_peft.lora_linear_backward.default)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
-    x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+    x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors  # may run a checkpointed forward
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     if need_weight:
         raise RuntimeError("fused_peft::lora_linear never forms the gradient of weight; freeze it")
-    dx, dlora_a, dlora_b, dbias = torch.ops.fused_peft.lora_linear_backward.default(
+    dx, dlora_a, dlora_b, dbias = backward(
         dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed,
         need_x, need_a, need_b, need_bias,
     )  # fmt: skip
@@ -232,8 +239,14 @@ class _LoraLinearFunction(torch.autograd.Function):
         (dy,) = grads
         if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
             return _backward(ctx, dy)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, dy)
+        return _gradients(ctx, dy, _backward_op_below_autograd)
+
+
+def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_peft.lora_linear_backward.default(  # type: ignore[no-any-return]
+            *operands
+        )
 
 
 def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:

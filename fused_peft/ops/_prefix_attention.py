@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -264,13 +265,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dout, torch.ops.fused_peft.prefix_attention_backward.default)
+
+
+def _gradients(
+    ctx: Any, dout: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * _NUM_OPERANDS
-    *tensors, out, lse, seed = ctx.saved_tensors
+    *tensors, out, lse, seed = ctx.saved_tensors  # may run a checkpointed forward
     needed = ctx.needs_input_grad[:5]
-    grads = torch.ops.fused_peft.prefix_attention_backward.default(
-        dout, *tensors[:5], out, lse, *tensors[5:], *ctx.options, seed, *needed
-    )
+    grads = backward(dout, *tensors[:5], out, lse, *tensors[5:], *ctx.options, seed, *needed)
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return (*wanted, *(None,) * (_NUM_OPERANDS - 5))
 
@@ -290,8 +295,14 @@ class _PrefixAttentionFunction(torch.autograd.Function):
         (dout,) = grads
         if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
             return _backward(ctx, dout)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, dout)
+        return _gradients(ctx, dout, _backward_op_below_autograd)
+
+
+def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_peft.prefix_attention_backward.default(  # type: ignore[no-any-return]
+            *operands
+        )
 
 
 def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
