@@ -65,6 +65,8 @@ bench: setup
 	mkdir -p out
 	$(BIN)/python benchmarks/bench_lora_linear.py --dtype bfloat16 --json out/bench_lora_linear_bf16.json --plot out/bench_lora_linear_bf16.png
 	$(BIN)/python benchmarks/bench_lora_linear.py --dtype float32 --json out/bench_lora_linear_fp32.json --plot out/bench_lora_linear_fp32.png
+	$(BIN)/python benchmarks/bench_prefix_attention.py --dtype bfloat16 --json out/bench_prefix_attention_bf16.json --plot out/bench_prefix_attention_bf16.png
+	$(BIN)/python benchmarks/bench_prefix_attention.py --dtype float32 --json out/bench_prefix_attention_fp32.json --plot out/bench_prefix_attention_fp32.png
 	$(BIN)/python benchmarks/bench_finetune.py --json out/bench_finetune.json
 
 dist: setup
