@@ -31,7 +31,7 @@ demo: setup
 	@echo "LoRA, prefix tuning, prompt tuning and P-tuning, side by side: make compare"
 
 compare: setup
-	$(BIN)/python examples/compare_methods.py --require-improvement 0.12 --out out/compare \
+	$(BIN)/python examples/compare_methods.py --steps 120 --require-improvement 0.12 --out out/compare \
 	  $(if $(wildcard out/compare/unfinished),--resume)
 
 test: setup lint typecheck sanitize pytest

@@ -9,13 +9,15 @@ Batch 4 x 128 tokens, AdamW.
     ours-prefix  fused_peft's prefix tuning, 32 virtual tokens, after fuse_model
     peft-prefix  HF PEFT's prefix tuning, 32 virtual tokens
     full         full fine-tuning
-Times are medians of steps taken in turn in one process; each peak resident size is of a process of
-its own.
+Times are medians of steps taken in turn, LoRA's three together, then prefix tuning's two, then full
+fine-tuning: few models at a time, since what else a process holds slows its allocator. Each peak
+resident size is of a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import resource
@@ -28,7 +30,8 @@ import torch
 from timing import interleaved_medians, machine, print_table, write_json
 from torch import nn
 
-METHODS = ("ours", "ours-layers", "peft", "ours-prefix", "peft-prefix", "full")
+GROUPS = (("ours", "ours-layers", "peft"), ("ours-prefix", "peft-prefix"), ("full",))
+METHODS = tuple(method for group in GROUPS for method in group)
 BATCH, LENGTH, RANK, VIRTUAL_TOKENS = 4, 128, 16, 32
 
 
@@ -100,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16,float32")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="per dtype")
+    parser.add_argument("--seconds", type=float, default=30.0, help="per dtype and group")
     parser.add_argument("--only", choices=METHODS, help="take three steps, print the peak RSS")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -116,9 +119,12 @@ def main() -> None:
     methods = args.methods.split(",")
     for dtype in args.dtype.split(","):
         peaks = {m: peak_rss_mib(m, dtype) for m in methods}
-        steps = {m: build(m, getattr(torch, dtype)) for m in methods}
-        seconds = interleaved_medians(steps, seconds=args.seconds, min_rounds=5)
-        del steps
+        seconds: dict[str, float] = {}
+        for group in GROUPS:
+            steps = {m: build(m, getattr(torch, dtype)) for m in group if m in methods}
+            seconds |= interleaved_medians(steps, seconds=args.seconds, min_rounds=5)
+            del steps
+            gc.collect()
         for m in methods:
             peer = "peft-prefix" if m.endswith("prefix") else "peft"
             ratio = seconds[m] / seconds[peer] if peer in methods else float("nan")

@@ -1,8 +1,8 @@
 """Fine-tune one model by every method, on the same data with the same budget, and compare them.
 
 Each method runs ``finetune_smollm2.py`` in a process of its own, so that its peak memory is its
-own, one after the other, so that none takes time from another. Every option that is not listed
-here is passed on, ``--steps`` or ``--data`` say.
+own, one after the other, so that none takes time from another. An option of some methods goes to
+those, and every option that is not listed here is passed on to all, ``--data`` say.
 
     python examples/compare_methods.py
     python examples/compare_methods.py --methods lora prefix --steps 100 --data mine.jsonl
@@ -41,6 +41,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     add = parser.add_argument
     add("--methods", choices=list(METHODS), nargs="+", default=list(METHODS))
     add("--out", type=Path, default=Path("out/compare"), help="folder with one for each method")
+    add("--steps", type=finetune_smollm2.COUNT, default=150, help="of each method")
+    finetune_smollm2.add_method_options(parser)
     add("--resume", action="store_true", help="continue the interrupted comparison in --out")
     add(
         "--require-improvement",
@@ -52,6 +54,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     args.methods = list(dict.fromkeys(args.methods))
     if "--method" in passed_on:
         parser.error("--method: expected --methods, with one or more")
+    for name, _, _ in finetune_smollm2.METHOD_OPTIONS:
+        if hasattr(args, name) and not any(name in METHODS[m].defaults for m in args.methods):
+            option = finetune_smollm2.option_of(name)
+            parser.error(f"{option} is an option of none of {', '.join(args.methods)}")
     marker = args.out / UNFINISHED
     if args.resume and not marker.exists():
         parser.error(f"--resume: there is no interrupted comparison in {args.out}")
@@ -66,7 +72,13 @@ def arguments_of(
     """The command line of ``finetune_smollm2.py`` for a method."""
     interrupted = args.resume and (folder / finetune_smollm2.CHECKPOINT).exists()
     resume = ["--resume"] if interrupted else []
-    return ["--method", method, "--out", str(folder), *passed_on, *resume]
+    given = ["--method", method, "--out", str(folder), "--steps", str(args.steps)]
+    own = [
+        f"{finetune_smollm2.option_of(name)}={getattr(args, name)}"
+        for name, _, _ in finetune_smollm2.METHOD_OPTIONS
+        if hasattr(args, name) and name in METHODS[method].defaults
+    ]
+    return [*given, *own, *passed_on, *resume]
 
 
 def read_figures(folder: Path) -> dict[str, Any]:

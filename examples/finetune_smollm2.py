@@ -104,6 +104,23 @@ def shown(value: object) -> str:
     return "a sentence" if isinstance(value, str) else str(value)
 
 
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """METHOD_OPTIONS; one that is not given has no attribute."""
+    for name, convert, text in METHOD_OPTIONS:
+        defaults = [
+            f"{method} {shown(known.defaults[name])}"
+            for method, known in METHODS.items()
+            if name in known.defaults
+        ]
+        parser.add_argument(
+            option_of(name),
+            type=convert,
+            # Not None, which the formatter would call the default.
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {', '.join(defaults)})",
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options; ``--help`` shows their defaults."""
     parser = argparse.ArgumentParser(
@@ -116,19 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=list(METHODS), default="lora")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--steps", type=COUNT, default=300)
-    for name, convert, text in METHOD_OPTIONS:
-        defaults = [
-            f"{method} {shown(known.defaults[name])}"
-            for method, known in METHODS.items()
-            if name in known.defaults
-        ]
-        add(
-            option_of(name),
-            type=convert,
-            # Not None, which the formatter would call the default.
-            default=argparse.SUPPRESS,
-            help=f"{text} (default: {', '.join(defaults)})",
-        )
+    add_method_options(parser)
     add("--batch-tokens", type=COUNT, default=512, help="most tokens a step, with padding")
     add("--max-length", type=COUNT, default=256, help="tokens after which a text is cut")
     add("--held-out", type=SHARE, default=0.1, help="share of modules, or of lines, to measure on")
@@ -297,7 +302,14 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Any, Corpus, list[Encode
     )
     torch.manual_seed(args.seed)
     config = METHODS[args.method].make_config(vars(args))
-    fused_peft.get_peft_model(model, config, tokenizer=tokenizer)
+    try:
+        fused_peft.get_peft_model(model, config, tokenizer=tokenizer)
+    except ValueError as error:  # a text of more than --virtual-tokens, for example
+        raise InputError(f"--method {args.method}: {error}") from None
+    try:
+        fused_peft.fuse_model(model)
+    except ImportError as error:  # transformers before 5.0
+        print(f"note: the frozen layers run unfused: {error}")
     return Trainer(model, train, settings), tokenizer, corpus, held_out
 
 

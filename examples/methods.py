@@ -82,7 +82,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "ptuning": Method(
         "P-tuning",
-        {"learning_rate": 1e-3, "virtual_tokens": 32, "dropout": 0.0, "encoder_hidden_size": 576},
+        {"learning_rate": 5e-3, "virtual_tokens": 32, "dropout": 0.0, "encoder_hidden_size": 576},
         _ptuning,
     ),
 }

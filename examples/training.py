@@ -26,7 +26,8 @@ from docstring_data import Encoded, InputError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fused_peft.ops import cross_entropy
 
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.99)
@@ -150,7 +151,7 @@ def completion_losses(model: Any, batch: Batch) -> Tensor:
     finally:
         hook.remove()
     targets = batch.targets[batch.at_head]
-    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+    losses = cross_entropy(logits, targets, IGNORED)
     return losses[targets != IGNORED]
 
 

@@ -24,8 +24,6 @@ from example_runs import (
 )
 from torch.nn import functional as F
 
-import fused_peft
-
 import docstring_data  # isort: skip
 import finetune_smollm2  # isort: skip
 import training  # isort: skip
@@ -237,19 +235,6 @@ def test_the_figures_hold_what_was_promised(whole_run: Path, model_dir: Path, da
     assert all(sample["prompt"] in WORDS for sample in samples)
     assert all(sample["author"].strip() in COLOURS for sample in samples)
     assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_adapter_on_disk_is_the_one_that_was_measured(
-    whole_run: Path, model_dir: Path, data: Path
-) -> None:
-    model, tokenizer = finetune_smollm2.load_model(model_dir, torch.bfloat16)
-    corpus = docstring_data.read_jsonl(data, 0.2)
-    rows = docstring_data.encode(corpus, corpus.held_out, tokenizer, 40)
-    held = figures(whole_run)["held_out"]
-    assert training.held_out_loss(model, rows, 80) == held["loss_before"]
-    fused_peft.load_adapter(model, whole_run / "adapter")
-    assert training.held_out_loss(model, rows, 80) == held["loss_after"]
-    assert held["loss_after"] != held["loss_before"]
 
 
 def test_it_learns_and_the_verdict_follows_the_figures(
