@@ -81,6 +81,9 @@ def report() -> str:
             f"  float64, other devices, heads wider than {ops.MAX_HEAD_DIM}",
             "fused_peft.reference (torch ops)",
         ),
+        ("rms_norm, swiglu, cross_entropy and their backward passes", ""),
+        ("  cpu float32, bfloat16, float16", f"{_C.cpu_isa()} kernels"),
+        ("  float64, other devices", "fused_peft.reference (torch ops)"),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
