@@ -21,10 +21,11 @@ from collections.abc import Callable
 
 import torch
 from timing import (
-    geomean,
     interleaved_medians,
     keep_freed_memory,
     machine,
+    plot_relative,
+    print_geomeans,
     print_table,
     write_json,
 )
@@ -166,34 +167,7 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
             ratios.setdefault(group, {}).setdefault(f"{a}/{b}", []).append(ratio)
         rows.append(row)
     print_table(header, rows)
-    means = {g: {k: geomean(v) for k, v in by.items()} for g, by in ratios.items()}
-    print()
-    for group, by_pair in means.items():
-        worst = {pair: max(values) for pair, values in ratios[group].items()}
-        text = ", ".join(f"{p} {v:.3f} (worst {worst[p]:.3f})" for p, v in by_pair.items())
-        print(f"geomean, {group}: {text}")
-    return means
-
-
-def plot(path: str, results: list[dict[str, object]], peers: list[str], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(12, 4.5))
-    width = 0.8 / len(peers)
-    for i, peer in enumerate(peers):
-        heights = [r["seconds"][peer] / r["seconds"]["linear"] for r in results]  # type: ignore[index]
-        axes.bar([j + i * width for j in range(len(results))], heights, width, label=peer)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks([j + 0.4 - width / 2 for j in range(len(results))])
-    axes.set_xticklabels([f"{r['shape']}\n{r['pass']}" for r in results], fontsize=7)
-    axes.set_ylabel("time / nn.Linear alone")
-    axes.set_title(title)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return print_geomeans(ratios)
 
 
 def parse() -> argparse.Namespace:
@@ -233,7 +207,16 @@ def main() -> None:
     content = {"machine": machine(), "dtype": args.dtype, "r": args.r}
     write_json(args.json, content | {"results": results, "geomeans": means})
     if args.plot:
-        plot(args.plot, results, peers, f"LoRA linear layer, {args.dtype}, r={args.r}")
+        labels = [f"{r['shape']}\n{r['pass']}" for r in results]
+        seconds = [r["seconds"] for r in results]
+        plot_relative(
+            args.plot,
+            seconds,
+            labels,
+            peers,
+            "linear",
+            f"LoRA linear layer, {args.dtype}, r={args.r}",
+        )
 
 
 if __name__ == "__main__":

@@ -105,6 +105,46 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) + " |")
 
 
+def print_geomeans(ratios: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Print and return the geometric mean of each group's ratios, with the worst one beside it."""
+    means = {g: {k: geomean(v) for k, v in by.items()} for g, by in ratios.items()}
+    print()
+    for group, by_pair in means.items():
+        worst = {pair: max(values) for pair, values in ratios[group].items()}
+        text = ", ".join(f"{p} {v:.3f} (worst {worst[p]:.3f})" for p, v in by_pair.items())
+        print(f"geomean, {group}: {text}")
+    return means
+
+
+def plot_relative(
+    path: str,
+    seconds: list[dict[str, float]],
+    labels: list[str],
+    peers: list[str],
+    base: str,
+    title: str,
+) -> None:
+    """Bars of every peer's time over that of ``base``, a group for each label, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(12, 4.5))
+    width = 0.8 / len(peers)
+    for i, peer in enumerate(peers):
+        heights = [times[peer] / times[base] for times in seconds]
+        axes.bar([j + i * width for j in range(len(seconds))], heights, width, label=peer)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks([j + 0.4 - width / 2 for j in range(len(seconds))])
+    axes.set_xticklabels(labels, fontsize=7)
+    axes.set_ylabel(f"time / {base}")
+    axes.set_title(title)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Write the figures beside the table where a path is given."""
     if path:
