@@ -1,5 +1,7 @@
 """Fixtures of several test files."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from kernels import ISAS, forced
@@ -12,3 +14,23 @@ def isa(request):
         torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
         yield request.param
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for the examples."""
+    from example_runs import make_model  # needs transformers
+
+    path = tmp_path_factory.mktemp("model")
+    make_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text for the examples to learn."""
+    from example_runs import make_data
+
+    path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
+    make_data(path)
+    return path

@@ -19,8 +19,6 @@ from example_runs import (
     corpus_of,
     figures,
     load,
-    make_data,
-    make_model,
 )
 from torch.nn import functional as F
 
@@ -28,20 +26,6 @@ import docstring_data  # isort: skip
 import finetune_smollm2  # isort: skip
 import training  # isort: skip
 from docstring_data import InputError  # isort: skip
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    make_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
-    make_data(path)
-    return path
 
 
 @pytest.fixture

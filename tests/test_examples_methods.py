@@ -17,8 +17,6 @@ from example_runs import (
     corpus_of,
     figures,
     load,
-    make_data,
-    make_model,
     rows_of,
     shared_arguments,
 )
@@ -33,20 +31,6 @@ import training  # isort: skip
 from methods import METHODS  # isort: skip
 
 PROMPT_METHODS = ("prefix", "prompt", "ptuning")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    make_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
-    make_data(path)
-    return path
 
 
 @pytest.fixture(scope="module")
