@@ -105,6 +105,21 @@ def test_cross_entropy_error(isa, shape, dtype):
     assert torch.equal(loss[1::3], torch.zeros_like(loss[1::3]))
 
 
+@pytest.mark.parametrize("column", [0, 15, 16, 36])
+def test_cross_entropy_with_one_logit_far_above_the_others(isa, column):
+    # Only the true maximum, wherever it is, keeps the sum finite.
+    logits = draw(3, 37, dtype=torch.float32)
+    logits[:, column] = 300.0
+    labels = torch.tensor([column, 1, 5])
+    assert_no_worse_than_torch(
+        lambda x: ops.cross_entropy(x, labels),
+        lambda x: reference.cross_entropy(x, labels),
+        [logits],
+        torch.ones(3),
+        rows=3,
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(0, 20),
