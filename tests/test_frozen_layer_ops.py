@@ -120,6 +120,20 @@ def test_cross_entropy_with_one_logit_far_above_the_others(isa, column):
     )
 
 
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_cross_entropy_of_logits_far_from_zero(isa, shift):
+    # A float of lse is 3e-5 off there, and so would be every probability of the backward pass.
+    logits = draw(40, 37, dtype=torch.float32, scale=2.0) + shift
+    labels = torch.arange(40) % 37
+    assert_no_worse_than_torch(
+        lambda x: ops.cross_entropy(x, labels),
+        lambda x: reference.cross_entropy(x, labels),
+        [logits],
+        torch.ones(40),
+        rows=40,
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(0, 20),
