@@ -49,10 +49,10 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   std::vector<int64_t> rows = shape_of(x);
   rows.pop_back();
   Tensor y = torch::stable::new_empty(x, shape_of(x));
-  Tensor rstd = torch::stable::new_empty(x, rows, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, rows, ScalarType::Double);
   o.params.eps = eps;
   o.params.y = y.mutable_data_ptr();
-  o.params.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  o.params.rstd = static_cast<double*>(rstd.mutable_data_ptr());
   check_status(cpu::rms_norm_forward(o.params, cpu::chosen_isa(), torch_threads()), "rms_norm");
   return {y, rstd};
 }
@@ -61,13 +61,13 @@ Tensor rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight
                          const Tensor& rstd) {
   NormOperands o = norm_operands(x, weight);
   check_like(dy, "dy", x);
-  STD_TORCH_CHECK(rstd.numel() == o.params.m && rstd.scalar_type() == ScalarType::Float,
-                  "fused_peft: rstd must be the float32 [...] of the forward pass");
+  STD_TORCH_CHECK(rstd.numel() == o.params.m && rstd.scalar_type() == ScalarType::Double,
+                  "fused_peft: rstd must be the [...] of the forward pass");
   const Tensor dy_rows = torch::stable::contiguous(dy);
   Tensor rstd_rows = torch::stable::contiguous(rstd);
   Tensor dx = torch::stable::new_empty(x, shape_of(x));
   o.params.dy = {dy_rows.const_data_ptr(), o.params.h, 1, o.params.x.dtype};
-  o.params.rstd = static_cast<float*>(rstd_rows.mutable_data_ptr());
+  o.params.rstd = static_cast<double*>(rstd_rows.mutable_data_ptr());
   o.params.dx = dx.mutable_data_ptr();
   check_status(cpu::rms_norm_backward(o.params, cpu::chosen_isa(), torch_threads()),
                "rms_norm_backward");

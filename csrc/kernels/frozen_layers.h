@@ -14,13 +14,13 @@ namespace fused_peft {
 // Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 struct RmsNorm {
   int64_t m = 0, h = 0;
-  MatrixView x;           // [M, H], col_stride 1
-  MatrixView weight;      // [1, H], x's dtype or float
-  double eps = 0.0;       // forward
-  void* y = nullptr;      // forward: [M, H] contiguous, x's dtype
-  float* rstd = nullptr;  // [M]
-  MatrixView dy;          // backward: [M, H], col_stride 1, x's dtype
-  void* dx = nullptr;     // backward: [M, H] contiguous, x's dtype
+  MatrixView x;            // [M, H], col_stride 1
+  MatrixView weight;       // [1, H], x's dtype or float
+  double eps = 0.0;        // forward
+  void* y = nullptr;       // forward: [M, H] contiguous, x's dtype
+  double* rstd = nullptr;  // [M]: its rounding to float would be an error of the whole row
+  MatrixView dy;           // backward: [M, H], col_stride 1, x's dtype
+  void* dx = nullptr;      // backward: [M, H] contiguous, x's dtype
 };
 
 //   y = silu(gate) up,  silu(g) = g / (1 + exp(-g))

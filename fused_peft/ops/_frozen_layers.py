@@ -123,7 +123,7 @@ def _contiguous(like: Tensor) -> Tensor:
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _contiguous(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return _contiguous(x), x.new_empty(x.shape[:-1], dtype=torch.float64)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -37,7 +37,7 @@ double& value(Matrix& m, int64_t i, int64_t j) {
 void norm(int64_t m, int64_t h, DType dtype, cpu::Isa isa, std::mt19937& generator) {
   Matrix x(m, h, dtype), weight(1, h, dtype), y(m, h, dtype), dy(m, h, dtype), dx(m, h, dtype);
   for (Matrix* t : {&x, &weight, &dy}) t->fill(generator);
-  std::vector<float> rstd(static_cast<size_t>(m));
+  std::vector<double> rstd(static_cast<size_t>(m));
   RmsNorm a;
   a.m = m, a.h = h, a.x = x.view(), a.weight = weight.view(), a.eps = 1e-3;
   a.y = y.data(), a.rstd = rstd.data(), a.dy = dy.view(), a.dx = dx.data();

@@ -35,6 +35,16 @@ inline float sum_of_row(int64_t size, const Term& term) {
   return fold_lanes(sum, [](Vec a, Vec b) { return a + b; });
 }
 
+// A double as the float nearest to it and what that leaves over.
+struct SplitDouble {
+  float high, low;
+};
+
+inline SplitDouble split(double value) {
+  const auto high = static_cast<float>(value);
+  return {high, static_cast<float>(value - double{high})};
+}
+
 template <class Fn>
 inline void with_output(void* data, DType dtype, const Fn& fn) {
   with_dtype(dtype, [&](auto* type) {
@@ -64,12 +74,12 @@ inline void rms_norm_rows(const RmsNorm& a, int64_t m0, int64_t m1) {
         return v * v;
       });
       const double mean = double{squares} / static_cast<double>(a.h) + a.eps;
-      const auto rstd = static_cast<float>(1.0 / __builtin_sqrt(mean));
-      a.rstd[i] = rstd;
-      for (int64_t j = 0; j < a.h; j += kLanes)
-        store_partial(y + j,
-                      load_partial(x + j, a.h - j) * rstd * load_partial(weight + j, a.h - j),
-                      a.h - j);
+      a.rstd[i] = 1.0 / __builtin_sqrt(mean);
+      const auto [high, low] = split(a.rstd[i]);
+      for (int64_t j = 0; j < a.h; j += kLanes) {
+        const Vec v = load_partial(x + j, a.h - j);
+        store_partial(y + j, (v * high + v * low) * load_partial(weight + j, a.h - j), a.h - j);
+      }
     }
   });
 }
@@ -86,10 +96,13 @@ inline void rms_norm_backward_rows(const RmsNorm& a, int64_t m0, int64_t m1) {
       };
       const float product =
           sum_of_row(a.h, [&](int64_t j) { return scaled(j) * load_partial(x + j, a.h - j); });
-      const float rstd = a.rstd[i];
-      const float factor = product / static_cast<float>(a.h) * rstd * rstd;
-      for (int64_t j = 0; j < a.h; j += kLanes)
-        store_partial(dx + j, (scaled(j) - load_partial(x + j, a.h - j) * factor) * rstd, a.h - j);
+      const auto [high, low] = split(a.rstd[i]);
+      const auto factor =
+          static_cast<float>(double{product} / static_cast<double>(a.h) * a.rstd[i] * a.rstd[i]);
+      for (int64_t j = 0; j < a.h; j += kLanes) {
+        const Vec v = scaled(j) - load_partial(x + j, a.h - j) * factor;
+        store_partial(dx + j, v * high + v * low, a.h - j);
+      }
     }
   });
 }
@@ -166,9 +179,9 @@ inline void cross_entropy_backward_rows(const CrossEntropy& a, int64_t m0, int64
         continue;
       }
       const T* x = static_cast<const T*>(a.logits.data) + i * a.logits.row_stride;
-      const auto high = static_cast<float>(a.lse[i]);
-      const auto low = static_cast<float>(a.lse[i] - double{high});
-      const auto probability = [&](Vec v) { return exp_vec((v - high) - low); };
+      const auto [high, low] = split(a.lse[i]);
+      const Vec whole = broadcast(high), rest = broadcast(low);
+      const auto probability = [&](Vec v) { return exp_vec((v - whole) - rest); };
       for (int64_t j = 0; j < a.v; j += kLanes)
         store_partial(dx + j, probability(load_partial(x + j, a.v - j)) * dloss, a.v - j);
       const Vec own = (probability(load_partial(x + label, 1)) - 1.0F) * dloss;
