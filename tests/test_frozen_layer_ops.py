@@ -71,6 +71,14 @@ def test_rms_norm_error(isa, shape, dtypes):
     check_rms_norm(*shape, *(DTYPES[d] for d in dtypes.split()))
 
 
+def test_rms_norm_has_no_error_of_a_whole_row(isa):
+    # 4096 roundings of at most 6e-8 average out to 1e-9; one of a row's factor would stay.
+    x, weight = draw(64, 4096, dtype=torch.float32), torch.ones(4096)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-5)
+    bias = ((ops.rms_norm(x, weight, 1e-5).double() - truth) / truth).mean(-1)
+    assert bias.abs().max() < 5e-9
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33), (70, 576)], ids=str)
 def test_swiglu_error(isa, shape, dtype):
