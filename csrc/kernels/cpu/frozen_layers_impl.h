@@ -22,17 +22,18 @@ inline Vec exp_vec(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<VecI>(bits) & ~underflow);
 }
 
-// Sum of term(j) over the vectors of a row, formed of short sums: kChunkSteps says why.
+// Sum of term(j) over the vectors of a row: short sums in float (kChunkSteps says why), added up in
+// double, since the error of a row's sum is one of all its elements.
 template <class Term>
-inline float sum_of_row(int64_t size, const Term& term) {
-  Vec sum = {};
+inline double sum_of_row(int64_t size, const Term& term) {
+  double sum = 0.0;
   for (int64_t j0 = 0; j0 < size; j0 += kChunkSteps * kLanes) {
     const int64_t end = smaller(size, j0 + kChunkSteps * kLanes);
     Vec part = {};
     for (int64_t j = j0; j < end; j += kLanes) part += term(j);
-    sum += part;
+    sum += double{fold_lanes(part, [](Vec a, Vec b) { return a + b; })};
   }
-  return fold_lanes(sum, [](Vec a, Vec b) { return a + b; });
+  return sum;
 }
 
 // A double as the float nearest to it and what that leaves over.
@@ -69,11 +70,11 @@ inline void rms_norm_rows(const RmsNorm& a, int64_t m0, int64_t m1) {
     for (int64_t i = m0; i < m1; ++i) {
       const T* x = all + i * a.x.row_stride;
       T* y = static_cast<T*>(a.y) + i * a.h;
-      const float squares = sum_of_row(a.h, [&](int64_t j) {
+      const double squares = sum_of_row(a.h, [&](int64_t j) {
         const Vec v = load_partial(x + j, a.h - j);
         return v * v;
       });
-      const double mean = double{squares} / static_cast<double>(a.h) + a.eps;
+      const double mean = squares / static_cast<double>(a.h) + a.eps;
       a.rstd[i] = 1.0 / __builtin_sqrt(mean);
       const auto [high, low] = split(a.rstd[i]);
       for (int64_t j = 0; j < a.h; j += kLanes) {
@@ -94,11 +95,11 @@ inline void rms_norm_backward_rows(const RmsNorm& a, int64_t m0, int64_t m1) {
       const auto scaled = [&](int64_t j) {
         return load_partial(dy + j, a.h - j) * load_partial(weight + j, a.h - j);
       };
-      const float product =
+      const double product =
           sum_of_row(a.h, [&](int64_t j) { return scaled(j) * load_partial(x + j, a.h - j); });
       const auto [high, low] = split(a.rstd[i]);
       const auto factor =
-          static_cast<float>(double{product} / static_cast<double>(a.h) * a.rstd[i] * a.rstd[i]);
+          static_cast<float>(product / static_cast<double>(a.h) * a.rstd[i] * a.rstd[i]);
       for (int64_t j = 0; j < a.h; j += kLanes) {
         const Vec v = scaled(j) - load_partial(x + j, a.h - j) * factor;
         store_partial(dx + j, v * high + v * low, a.h - j);
@@ -158,9 +159,10 @@ inline void cross_entropy_rows(const CrossEntropy& a, int64_t m0, int64_t m1) {
         m = v > m ? v : m;
       }
       const Vec offset = broadcast(m == kMinusInfinity ? 0.0F : m);
-      float sum = sum_of_row(whole, [&](int64_t j) { return exp_vec(load(x + j) - offset); });
-      for (int64_t j = whole; j < a.v; ++j) sum += exp_vec(load_partial(x + j, 1) - offset)[0];
-      const double lse = double{offset[0]} + __builtin_log(double{sum});
+      double sum = sum_of_row(whole, [&](int64_t j) { return exp_vec(load(x + j) - offset); });
+      for (int64_t j = whole; j < a.v; ++j)
+        sum += double{exp_vec(load_partial(x + j, 1) - offset)[0]};
+      const double lse = double{offset[0]} + __builtin_log(sum);
       a.lse[i] = lse;
       a.loss[i] = static_cast<float>(lse - double{load_partial(x + a.labels[i], 1)[0]});
     }
