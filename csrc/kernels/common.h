@@ -14,6 +14,7 @@ enum class Status : int32_t {
   kOk = 0,
   kUnsupported,  // no kernel covers this problem; the caller falls back
   kOutOfMemory,  // the workspace could not be allocated; no output was completed
+  kLaunchFailed,  // the device's runtime refused a launch; its last error says why
 };
 
 // A view of a matrix: element (i, j) lies at data + i * row_stride + j * col_stride elements.

@@ -1,0 +1,5 @@
+#include "kernels/cuda/gemm_dual_sm80.inl"
+
+namespace fused_peft::cuda {
+template Status launch_gemm<__half>(const GemmVariant&, const GemmParams&, const LaunchContext&, bool);
+}

@@ -1,0 +1,281 @@
+// Global and constant memory: bounds against registered buffers, initialisation, races across the grid, sectors.
+#include <algorithm>
+
+#include "simulator/check/bits.h"
+#include "simulator/check/runs.h"
+#include "simulator/check/state.h"
+
+namespace fused_peft::sim {
+
+BufferShadow::BufferShadow(std::shared_ptr<Buffer> of)
+    : buffer(std::move(of)), first_page(buffer->start / kPageBytes) {
+  const uint64_t last = (buffer->start + std::max<uint64_t>(buffer->bytes, 1) - 1) / kPageBytes;
+  num_pages = last - first_page + 1;
+  pages = std::make_unique<std::atomic<GlobalPage*>[]>(num_pages);
+}
+
+GlobalPage& BufferShadow::page(uint64_t address) {
+  std::atomic<GlobalPage*>& slot = pages[address / kPageBytes - first_page];
+  GlobalPage* page = slot.load(std::memory_order_acquire);
+  if (page != nullptr) return *page;
+  std::lock_guard hold(lock);
+  page = slot.load(std::memory_order_relaxed);
+  if (page == nullptr) {
+    made.push_back(std::make_unique<GlobalPage>());
+    page = made.back().get();
+    slot.store(page, std::memory_order_release);
+  }
+  return *page;
+}
+
+BufferShadow* Checker::State::shadow_of(uint64_t address, uint64_t bytes) {
+  const ShadowList* list = shadow_list.load(std::memory_order_acquire);
+  const auto find = [&](const ShadowList& in) -> BufferShadow* {
+    const auto next = std::upper_bound(
+        in.begin(), in.end(), address,
+        [](uint64_t key, const BufferShadow* shadow) { return key < shadow->buffer->start; });
+    for (auto at = next; at != in.begin();) {
+      --at;
+      if ((*at)->buffer->contains(address, bytes)) return *at;
+    }
+    return nullptr;
+  };
+  if (list != nullptr) {
+    if (BufferShadow* found = find(*list)) return found;
+  }
+  std::shared_ptr<Buffer> buffer = MemoryMap::global().buffer_at(address);
+  if (buffer == nullptr || !buffer->contains(address, bytes)) return nullptr;
+  std::lock_guard hold(shadows_mutex);
+  list = shadow_list.load(std::memory_order_relaxed);
+  if (list != nullptr) {
+    if (BufferShadow* found = find(*list)) return found;
+  }
+  auto grown = std::make_unique<ShadowList>(list == nullptr ? ShadowList{} : *list);
+  shadows.push_back(std::make_unique<BufferShadow>(std::move(buffer)));
+  grown->insert(std::upper_bound(grown->begin(), grown->end(), shadows.back().get(),
+                                 [](const BufferShadow* a, const BufferShadow* b) {
+                                   return a->buffer->start < b->buffer->start;
+                                 }),
+                shadows.back().get());
+  shadow_list.store(grown.get(), std::memory_order_release);
+  shadow_lists.push_back(std::move(grown));
+  return shadows.back().get();
+}
+
+namespace {
+
+std::string where(uint64_t address, uint32_t bytes) {
+  const std::shared_ptr<Buffer> below = MemoryMap::global().buffer_below(address);
+  std::string text = std::to_string(bytes) + " bytes at " + hex(address);
+  if (address < kPageBytes) return text + ", a null pointer";
+  if (below != nullptr && address - below->start < below->bytes + (uint64_t{1} << 24)) {
+    const uint64_t offset = address - below->start;
+    text += offset < below->bytes ? ", which reach over the end of " : ", " + std::to_string(offset - below->bytes) + " bytes behind the end of ";
+    return text + below->name + " (" + std::to_string(below->bytes) + " bytes at " +
+           hex(below->start) + ")";
+  }
+  return text + ", which is in no buffer";
+}
+
+// One access to one buffer.
+struct GlobalTouch {
+  Checker::State& state;
+  Warp& warp;
+  const Instr& instr;
+  const Access& access;
+  WarpState& me;
+  Stamp now;
+  Stamp other;
+  uint64_t race_cell = 0;
+  bool races = false;
+  bool all_init = true;
+
+  // Bytes of one page.
+  void touch_page(BufferShadow& shadow, uint64_t begin, uint64_t bytes) {
+    GlobalPage& page = shadow.page(begin);
+    const bool concurrent = state.launch.options.threads > 1;
+    if (concurrent) page.lock.lock();
+    const uint64_t first = begin % kPageBytes;
+    if (access.kind != AccessKind::kWrite) {
+      set_bits(page.loaded, first, bytes);
+      if (!shadow.buffer->all_initialised() && state.initcheck) {
+        all_init = all_init && shadow.buffer->initialised(begin, bytes);
+      }
+    }
+    if (access.kind != AccessKind::kRead) set_bits(page.stored, first, bytes);
+    if (state.racecheck) {
+      for_cells<kCellBytes>(first, bytes, [&](uint64_t cell, uint32_t mask) {
+        touch_cell(page, static_cast<uint32_t>(cell), mask, begin - first);
+      });
+    }
+    if (concurrent) page.lock.unlock();
+  }
+
+  void touch_cell(GlobalPage& page, uint32_t cell, uint32_t mask, uint64_t base) {
+    now.mask = mask;
+    const auto knows = [&](uint32_t who, uint32_t clock) {
+      return me.clock.knows(who >> 5, who & 31, clock);
+    };
+    const auto more = [&]() -> std::vector<Stamp>& { return page.crowded[cell]; };
+    const bool crowded = !page.crowded.empty() && page.crowded.contains(cell);
+    Stamp met;
+    if (touch(page.cells[cell].slots, crowded, now, knows, more, &met) && !races) {
+      // Two plain writes of the same value are let pass (see Access::data).
+      if (access.kind == AccessKind::kWrite && (met.kind() & kWriteStamp) != 0 && same_value(base + cell * kCellBytes, mask)) {
+        return;
+      }
+      races = true;
+      other = met;
+      race_cell = base + cell * kCellBytes;
+    }
+  }
+
+  // Whether what is stored to these bytes of the cell is what they hold.
+  bool same_value(uint64_t cell, uint32_t mask) const {
+    if (access.data == nullptr) return false;
+    for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
+      const int lane = std::countr_zero(left);
+      const uint64_t at = access.address[lane];
+      for (uint64_t byte = std::max(at, cell); byte < std::min(at + access.bytes, cell + kCellBytes); ++byte) {
+        if ((mask >> (byte - cell) & 1) == 0) continue;
+        if (*reinterpret_cast<const std::byte*>(byte) != access.data[lane * access.bytes + (byte - at)]) return false;
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace
+
+LaneMask Checker::State::aligned_lanes(Warp& warp, const Instr& instr, const Access& access) {
+  uint64_t bits = 0;
+  const uint32_t align = access.align != 0 ? access.align : access.bytes;
+  const uint64_t below = align - 1;
+  if (access.lanes == kFullMask) {
+    for (int lane = 0; lane < kLanes; ++lane) bits |= access.address[lane];
+  } else {
+    for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
+      bits |= access.address[std::countr_zero(left)];
+    }
+  }
+  if ((bits & below) == 0) [[likely]] return access.lanes;
+  const LaneMask good = lanes_where(access.address, access.lanes,
+                                    [&](uint64_t address) { return (address & below) == 0; });
+  const LaneMask bad = access.lanes & ~good;
+  if (memcheck) {
+    report(warp, instr, bad, FindingKind::kMisaligned,
+           std::string(verb(access.kind)) + " " + std::to_string(access.bytes) + " bytes at " +
+               hex(access.address[std::countr_zero(bad)]) + ", which is no multiple of " +
+               std::to_string(align));
+  }
+  return good;
+}
+
+LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Access& access,
+                                       LaneMask stored, LaneMask* valid) {
+  LaneMask left = aligned_lanes(warp, instr, access);
+  LaneMask carried = 0;
+  LaneMask initialised = kFullMask;
+  WarpState& me = state_of(warp);
+  GlobalTouch touch{*this, warp, instr, access, me, {}, {}};
+  touch.now = {me.global_who, me.clock.now, 0, instr.index << 2 | stamp_kind(access)};
+  // Usually once: all lanes in one buffer.
+  while (left != 0) {
+    const int first = std::countr_zero(left);
+    BufferShadow* shadow = used_by[instr.index].load(std::memory_order_relaxed);
+    if (shadow == nullptr || !shadow->buffer->contains(access.address[first], access.bytes)) {
+      shadow = shadow_of(access.address[first], access.bytes);
+      used_by[instr.index].store(shadow, std::memory_order_relaxed);
+    }
+    if (shadow == nullptr) {
+      const LaneMask lane = LaneMask{1} << first;
+      if (memcheck) {
+        const LaneMask bad = lanes_where(access.address, left, [&](uint64_t address) {
+          return shadow_of(address, access.bytes) == nullptr;
+        });
+        report(warp, instr, bad, FindingKind::kOutOfBounds,
+               std::string(verb(access.kind)) + " " + where(access.address[first], access.bytes));
+        left &= ~bad;
+      } else {
+        carried |= lane;
+        left &= ~lane;
+      }
+      continue;
+    }
+    const Buffer& buffer = *shadow->buffer;
+    const LaneMask inside = lanes_where(access.address, left, [&](uint64_t address) {
+      return buffer.contains(address, access.bytes);
+    });
+    carried |= inside;
+    left &= ~inside;
+    const Runs runs(access.address, access.bytes, inside);
+    touch.all_init = true;
+    for (int i = 0; i < runs.count; ++i) {
+      const Run& run = runs.run[i];
+      for (uint64_t at = run.begin; at < run.end();) {
+        const uint64_t page_end = (at / kPageBytes + 1) * kPageBytes;
+        const uint64_t end = std::min(run.end(), page_end);
+        touch.touch_page(*shadow, at, end - at);
+        at = end;
+      }
+    }
+    if (!touch.all_init) {
+      initialised &= ~inside | lanes_where(access.address, inside, [&](uint64_t address) {
+        return buffer.initialised(address, access.bytes);
+      });
+    }
+    if (access.kind != AccessKind::kRead && !buffer.all_initialised()) {
+      for (int i = 0; i < runs.count; ++i) {
+        shadow->buffer->set_initialised(runs.run[i].begin, runs.run[i].bytes);
+      }
+    }
+  }
+  if (touch.races) {
+    report_race(warp, instr, carried, access, touch.other, false, touch.race_cell);
+  }
+  if (initcheck && access.kind != AccessKind::kRead && (carried & ~stored) != 0) {
+    report(warp, instr, carried & ~stored, FindingKind::kUninitialised,
+           "stores a value that was computed from uninitialised data");
+  }
+  if (initcheck && access.kind == AccessKind::kAtomic && (carried & ~initialised) != 0) {
+    report(warp, instr, carried & ~initialised, FindingKind::kUninitialised,
+           "atomic operation on uninitialised memory");
+  }
+  if (valid != nullptr) *valid = initialised & carried;
+
+  Tally& tally = state_of(*warp.cta).tally;
+  const uint64_t bytes = uint64_t{access.bytes} * std::popcount(carried);
+  if (access.kind == AccessKind::kAtomic) {
+    tally.global_atomic_bytes += bytes;
+  } else {
+    const uint32_t sectors = count_sectors(access.address, access.bytes, carried);
+    const bool load = access.kind == AccessKind::kRead;
+    (load ? tally.global_load_bytes : tally.global_store_bytes) += bytes;
+    (load ? tally.global_load_sectors : tally.global_store_sectors) += sectors;
+  }
+  return carried;
+}
+
+LaneMask Checker::State::access_const(Warp& warp, const Instr& instr, const Access& access,
+                                      LaneMask* valid) {
+  const LaneMask lanes = aligned_lanes(warp, instr, access);
+  LaneMask good = lanes;
+  if (memcheck) {
+    const auto params = reinterpret_cast<uint64_t>(launch.config.params.data());
+    const uint64_t size = launch.config.params.size();
+    good = lanes_where(access.address, lanes, [&](uint64_t address) {
+      if (address >= params && address - params < size) return access.bytes <= size - (address - params);
+      return shadow_of(address, access.bytes) != nullptr;
+    });
+    const LaneMask bad = lanes & ~good;
+    if (bad != 0) {
+      report(warp, instr, bad, FindingKind::kOutOfBounds,
+             std::string(verb(access.kind)) + " " +
+                 where(access.address[std::countr_zero(bad)], access.bytes));
+    }
+  }
+  if (valid != nullptr) *valid = good;
+  return good;
+}
+
+}  // namespace fused_peft::sim

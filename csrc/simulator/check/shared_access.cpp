@@ -1,0 +1,222 @@
+// Shared memory: bounds, initialisation, bytes in flight, races between barriers, bank conflicts.
+#include <algorithm>
+
+#include "simulator/check/runs.h"
+#include "simulator/check/state.h"
+
+namespace fused_peft::sim {
+
+namespace {
+
+constexpr uint64_t kOffsetMask = (uint64_t{1} << kSharedRankShift) - 1;
+
+// The CTA that a shared address means; nullptr where the cluster has no such rank.
+Cta* owner_of(Cta& mine, uint64_t address) {
+  const uint64_t rank = address >> kSharedRankShift;
+  if (rank == 0) return &mine;
+  return rank <= mine.cluster->ctas.size() ? mine.cluster->ctas[rank - 1] : nullptr;
+}
+
+// One access to the shared memory of one CTA.
+struct SharedTouch {
+  Checker::State& state;
+  const Access& access;
+  WarpState& me;
+  CtaState& owner;
+  bool remote;
+  bool async;
+  Stamp now;
+  Stamp other{};
+  uint64_t race_cell = 0;
+  bool races = false;
+  bool in_flight = false;
+  bool all_init = true;
+
+  void touch_cell(uint32_t index, uint32_t mask) {
+    SharedCell& cell = owner.cells[index];
+    if ((cell.in_flight & mask) != 0) in_flight = true;
+    if (access.kind != AccessKind::kWrite) all_init = all_init && (mask & ~cell.init) == 0;
+    if (async) {
+      cell.in_flight |= mask;
+    } else if (access.kind != AccessKind::kRead) {
+      cell.init |= mask;
+    }
+    if (state.racecheck) check_race(cell, index, mask);
+  }
+
+  void check_race(SharedCell& cell, uint32_t index, uint32_t mask) {
+    if (cell.interval != owner.interval) {
+      // All earlier stamps of the CTA's own warps lie behind a barrier of all of them.
+      if ((cell.flags & kRemoteTouched) == 0) {
+        for (Stamp& stamp : cell.slots) stamp.mask = 0;
+        if ((cell.flags & kCrowdedCell) != 0) owner.crowded.erase(index);
+        cell.flags = 0;
+      }
+      cell.interval = owner.interval;
+    }
+    if (remote) cell.flags |= kRemoteTouched;
+    now.mask = mask;
+    const auto knows = [&](uint32_t who, uint32_t clock) { return me.clock.knows_near(who, clock); };
+    const auto more = [&]() -> std::vector<Stamp>& {
+      cell.flags |= kCrowdedCell;
+      return owner.crowded[index];
+    };
+    Stamp met;
+    if (touch(cell.slots, (cell.flags & kCrowdedCell) != 0, now, knows, more, &met) && !races) {
+      if (access.kind == AccessKind::kWrite && (met.kind() & kWriteStamp) != 0 &&
+          same_value(index * kCellBytes, mask)) {
+        return;
+      }
+      races = true;
+      other = met;
+      race_cell = index * kCellBytes;
+    }
+  }
+
+  // Whether what is stored to these bytes of the cell is what they hold.
+  bool same_value(uint64_t cell, uint32_t mask) const {
+    if (access.data == nullptr) return false;
+    for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
+      const int lane = std::countr_zero(left);
+      const uint64_t at = access.address[lane] & kOffsetMask;
+      const uint64_t end = std::min<uint64_t>(at + access.bytes, cell + kCellBytes);
+      for (uint64_t byte = std::max(at, cell); byte < end; ++byte) {
+        if ((mask >> (byte - cell) & 1) == 0) continue;
+        if (owner.cta->shared[byte] != access.data[lane * access.bytes + (byte - at)]) return false;
+      }
+    }
+    return true;
+  }
+};
+
+bool bytes_set(const CtaState& owner, uint64_t offset, uint32_t bytes, uint32_t SharedCell::*field) {
+  bool all = true;
+  for_cells<kCellBytes>(offset, bytes, [&](uint64_t cell, uint32_t mask) {
+    all = all && (mask & ~(owner.cells[cell].*field)) == 0;
+  });
+  return all;
+}
+
+void clear_init(CtaState& owner, uint64_t offset, uint32_t bytes) {
+  for_cells<kCellBytes>(offset, bytes,
+                        [&](uint64_t cell, uint32_t mask) { owner.cells[cell].init &= ~mask; });
+}
+
+}  // namespace
+
+LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Access& access,
+                                       LaneMask stored, LaneMask* valid, bool async) {
+  LaneMask left = aligned_lanes(warp, instr, access);
+  LaneMask carried = 0;
+  LaneMask initialised = kFullMask;
+  WarpState& me = state_of(warp);
+  Cta& mine = *warp.cta;
+  while (left != 0) {
+    const int first = std::countr_zero(left);
+    const uint64_t rank = access.address[first] >> kSharedRankShift;
+    Cta* cta = owner_of(mine, access.address[first]);
+    const uint64_t limit = cta == nullptr || cta->shared_bytes < access.bytes ? 0 : cta->shared_bytes - access.bytes;
+    uint64_t offsets[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) offsets[lane] = access.address[lane] & kOffsetMask;
+    LaneMask group = left;
+    LaneMask inside = 0;
+    if (rank != 0 || mine.cluster->ctas.size() > 1) {
+      group = lanes_where(access.address, left,
+                          [&](uint64_t address) { return address >> kSharedRankShift == rank; });
+      inside = lanes_where(offsets, group, [&](uint64_t offset) { return offset >= kSharedStart && offset <= limit; });
+    } else {
+      inside = lanes_where(access.address, group, [&](uint64_t offset) { return offset >= kSharedStart && offset <= limit; });
+    }
+    left &= ~group;
+    if (inside != group) {
+      const LaneMask bad = group & ~inside;
+      const uint64_t address = access.address[std::countr_zero(bad)];
+      report(warp, instr, bad, FindingKind::kOutOfBounds,
+             std::string(verb(access.kind)) + " " + std::to_string(access.bytes) +
+                 " bytes at shared address " + hex(address) +
+                 (cta == nullptr ? ", whose rank the cluster does not have"
+                                 : ", outside the CTA's " + hex(kSharedStart) + " to " + hex(cta->shared_bytes)));
+      if (inside == 0) continue;
+    }
+    carried |= inside;
+    CtaState& owner = state_of(*cta);
+    SharedTouch touch{*this, access, me, owner, cta != &mine, async,
+                      {me.clock.self, me.clock.now, 0, instr.index << 2 | stamp_kind(access)}};
+    const Runs runs(offsets, access.bytes, inside);
+    for (int i = 0; i < runs.count; ++i) {
+      for_cells<kCellBytes>(runs.run[i].begin, runs.run[i].bytes, [&](uint64_t cell, uint32_t mask) {
+        touch.touch_cell(static_cast<uint32_t>(cell), mask);
+      });
+    }
+    if (!touch.all_init) {
+      // An atomic has set the bits; what was missing is not known by lane any more, so all of it is.
+      initialised &= ~inside;
+      if (access.kind == AccessKind::kRead) {
+        initialised |= lanes_where(offsets, inside, [&](uint64_t offset) {
+          return bytes_set(owner, offset, access.bytes, &SharedCell::init);
+        });
+      }
+    }
+    if (access.kind != AccessKind::kRead && !async && (inside & ~stored) != 0) {
+      for (LaneMask tainted = inside & ~stored; tainted != 0; tainted &= tainted - 1) {
+        clear_init(owner, offsets[std::countr_zero(tainted)], access.bytes);
+      }
+    }
+    if (touch.in_flight && synccheck) {
+      report(warp, instr, inside, FindingKind::kAsyncNotWaited,
+             std::string(verb(access.kind)) +
+                 " shared memory that an asynchronous copy under way will write: its group has not been "
+                 "waited for");
+    }
+    if (touch.races && !touch.in_flight) {
+      report_race(warp, instr, inside, access, touch.other, true, touch.race_cell);
+    }
+  }
+  if (initcheck && access.kind == AccessKind::kAtomic && (carried & ~initialised) != 0) {
+    report(warp, instr, carried & ~initialised, FindingKind::kUninitialised,
+           "atomic operation on uninitialised shared memory");
+  }
+  if (valid != nullptr) *valid = initcheck ? initialised & carried : carried;
+
+  Tally& tally = state_of(mine).tally;
+  const uint64_t bytes = uint64_t{access.bytes} * std::popcount(carried);
+  if (access.kind != AccessKind::kWrite) tally.shared_load_bytes += bytes;
+  if (access.kind != AccessKind::kRead) tally.shared_store_bytes += bytes;
+  const Wavefronts wavefronts = bank_wavefronts(access.address, access.bytes, carried);
+  tally.wavefronts[instr.index].done += wavefronts.done;
+  tally.wavefronts[instr.index].ideal += wavefronts.ideal;
+  return carried;
+}
+
+LaneMask Checker::begin_async(Warp& warp, const Instr& instr, const Access& access) {
+  return state_->access_shared(warp, instr, access, kFullMask, nullptr, true);
+}
+
+void Checker::end_async(Warp& warp, const Instr& instr, const Access& access, LaneMask initialised) {
+  WarpState& me = state_of(warp);
+  for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
+    const int lane = std::countr_zero(left);
+    Cta* cta = owner_of(*warp.cta, access.address[lane]);
+    CtaState& owner = state_of(*cta);
+    const uint64_t offset = access.address[lane] & kOffsetMask;
+    SharedTouch touch{*state_, access, me, owner, cta != warp.cta, false,
+                      {me.clock.self, me.clock.now, 0, instr.index << 2 | kWriteStamp}};
+    for_cells<kCellBytes>(offset, access.bytes, [&](uint64_t cell, uint32_t mask) {
+      owner.cells[cell].in_flight &= ~mask;
+      touch.touch_cell(static_cast<uint32_t>(cell), mask);
+    });
+    if ((initialised >> lane & 1) == 0) clear_init(owner, offset, access.bytes);
+  }
+}
+
+uint32_t Checker::initialised_bytes(Warp& warp, Space space, uint64_t address, uint32_t bytes) {
+  uint32_t result = 0;
+  if (space != Space::kShared) return static_cast<uint32_t>((uint64_t{1} << bytes) - 1);
+  const CtaState& owner = state_of(*owner_of(*warp.cta, address));
+  for (uint32_t i = 0; i < bytes; ++i) {
+    if (bytes_set(owner, (address & kOffsetMask) + i, 1, &SharedCell::init)) result |= 1u << i;
+  }
+  return result;
+}
+
+}  // namespace fused_peft::sim

@@ -1,0 +1,181 @@
+// What the checker keeps of a launch, of a CTA and of a warp. Private to check/.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "simulator/check/checker.h"
+#include "simulator/check/clocks.h"
+#include "simulator/check/race.h"
+
+namespace fused_peft::sim {
+
+// ---- global memory: shadow pages of the launch, made when first touched
+
+constexpr uint64_t kPageBytes = 4096;
+
+class SpinLock {
+ public:
+  void lock() {
+    while (flag_.test_and_set(std::memory_order_acquire)) {
+    }
+  }
+  void unlock() { flag_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag flag_;
+};
+
+struct GlobalCell {
+  Stamp slots[4];
+};
+
+struct GlobalPage {
+  SpinLock lock;
+  uint64_t loaded[kPageBytes / 64] = {};  // a bit a byte: touched by a load, by a store of the launch
+  uint64_t stored[kPageBytes / 64] = {};
+  GlobalCell cells[kPageBytes / kCellBytes];
+  std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
+};
+
+struct BufferShadow {
+  explicit BufferShadow(std::shared_ptr<Buffer> buffer);
+  GlobalPage& page(uint64_t address);
+
+  std::shared_ptr<Buffer> buffer;
+  uint64_t first_page;  // start / kPageBytes
+  std::unique_ptr<std::atomic<GlobalPage*>[]> pages;
+  uint64_t num_pages;
+  SpinLock lock;
+  std::vector<std::unique_ptr<GlobalPage>> made;
+};
+
+// ---- shared memory of one CTA
+
+struct SharedCell {
+  uint32_t interval = 0;   // of the CTA when last touched: stamps of earlier ones happened before
+  uint32_t init = 0;       // bytes that hold data
+  uint32_t in_flight = 0;  // bytes that an asynchronous copy will write
+  uint32_t flags = 0;
+  Stamp slots[3];
+};
+static_assert(sizeof(SharedCell) == 64);
+enum SharedCellFlags : uint32_t { kRemoteTouched = 1, kCrowdedCell = 2 };
+
+struct Wavefronts {
+  uint64_t done = 0, ideal = 0;
+};
+
+// Totals of one CTA, added to the launch's when it ends.
+struct Tally {
+  uint64_t global_load_bytes = 0, global_store_bytes = 0, global_atomic_bytes = 0;
+  uint64_t global_load_sectors = 0, global_store_sectors = 0;
+  uint64_t shared_load_bytes = 0, shared_store_bytes = 0;
+  uint64_t local_load_bytes = 0, local_store_bytes = 0;
+  uint64_t barriers = 0;
+  std::vector<Wavefronts> wavefronts;  // by instruction
+
+  void add(const Tally& other);
+};
+
+struct ClusterState {
+  ClusterClocks clocks;
+  std::mutex mutex;
+  uint32_t unfinished = 0;  // CTAs
+};
+
+struct CtaState {
+  Cta* cta = nullptr;
+  std::shared_ptr<ClusterState> cluster;
+  uint32_t interval = 1;  // barriers of the whole CTA so far
+  std::vector<SharedCell> cells;
+  std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
+  WordClocks words;                                          // of its shared memory
+  Tally tally;
+};
+
+// The last stores of a warp to shared memory, for data exchanged between lanes without bar.warp.sync.
+struct LaneStore {
+  uint32_t instr = 0;
+  uint32_t bytes = 0;
+  LaneMask lanes = 0;
+  uint64_t lowest = 0, highest = 0;
+  uint64_t address[kLanes];
+};
+
+struct WarpState {
+  WarpClock clock;
+  uint64_t cta = 0;
+  uint32_t global_who = 0;                // Stamp::who in global memory
+  std::vector<uint64_t> local_init;       // a bit a byte, lane after lane
+  std::vector<uint64_t> private_init;
+  BufferShadow* last_buffer = nullptr;
+  std::vector<LaneStore> lane_stores;
+};
+
+struct Checker::State {
+  explicit State(Launch& launch);
+
+  Launch& launch;
+  const bool memcheck, initcheck, racecheck, synccheck;
+
+  // Buffers touched so far. Sorted by start in a copy-on-write list, so that look-ups need no lock.
+  using ShadowList = std::vector<BufferShadow*>;
+  std::mutex shadows_mutex;
+  std::atomic<const ShadowList*> shadow_list{nullptr};
+  std::vector<std::unique_ptr<const ShadowList>> shadow_lists;
+  std::vector<std::unique_ptr<BufferShadow>> shadows;
+  std::unique_ptr<std::atomic<BufferShadow*>[]> used_by;  // by instruction: the buffer of its last access
+
+  std::mutex words_mutex;
+  WordClocks words;  // of global memory
+  std::atomic<bool> words_used{false};
+
+  std::mutex mutex;  // of all below
+  std::vector<Finding> findings;
+  std::map<std::pair<uint32_t, FindingKind>, size_t> finding_index;
+  uint64_t total_findings = 0;
+  Tally tally;
+  uint64_t next_cluster = 1;
+
+  BufferShadow* shadow_of(uint64_t address, uint64_t bytes);
+
+  LaneMask access_global(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
+                         LaneMask* valid);
+  LaneMask access_const(Warp& warp, const Instr& instr, const Access& access, LaneMask* valid);
+  LaneMask access_shared(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
+                         LaneMask* valid, bool async);
+  LaneMask access_private(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
+                          LaneMask* valid);
+  // Lanes whose address is a multiple of the access's bytes.
+  LaneMask aligned_lanes(Warp& warp, const Instr& instr, const Access& access);
+  void report(const Warp& warp, const Instr& instr, LaneMask lanes, FindingKind kind,
+              const std::string& detail);
+  void report_race(const Warp& warp, const Instr& instr, LaneMask lanes, const Access& access,
+                   const Stamp& other, bool shared, uint64_t cell);
+};
+
+inline WarpState& state_of(const Warp& warp) { return *static_cast<WarpState*>(warp.check); }
+inline CtaState& state_of(const Cta& cta) { return *static_cast<CtaState*>(cta.check); }
+
+inline StampKind stamp_kind(const Access& access) {
+  if (access.kind == AccessKind::kAtomic) return StampKind(kWriteStamp | kRelaxedStamp);
+  const uint32_t write = access.kind == AccessKind::kWrite ? kWriteStamp : kReadStamp;
+  return StampKind(write | (access.relaxed ? kRelaxedStamp : 0u));
+}
+
+const char* verb(AccessKind kind);                     // "read of"
+std::string hex(uint64_t value);
+std::string source_of(const Program& program, uint32_t instr);  // "k.cu:12", "ptx:34"
+
+// Wavefronts of an access to shared memory by the usual bank model, and how few they could be.
+Wavefronts bank_wavefronts(const uint64_t* address, uint32_t bytes, LaneMask lanes);
+// Distinct 32-byte sectors of an access.
+uint32_t count_sectors(const uint64_t* address, uint32_t bytes, LaneMask lanes);
+
+}  // namespace fused_peft::sim

@@ -1,0 +1,59 @@
+// D = A B + C of one warp's matrices, in registers' order: A and B as chunks of kWidth consecutive k, which is what
+// the four lanes of a group hold together.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fused_peft::sim {
+
+// rows[j][i] = columns[i][j] of an 8 x 8 block; rows of `columns` are `stride` floats apart.
+inline void transpose8(const float* columns, int stride, __m256* rows) {
+  __m256 c[8], t[8];
+  for (int i = 0; i < 8; ++i) c[i] = _mm256_loadu_ps(columns + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(c[i], c[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(c[i], c[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    c[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    c[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    c[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    c[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
+  }
+}
+
+// a[chunk][kRows][kWidth], b[chunk][8 columns][kWidth], d[kRows][8] += A B; every element sums in order of k, with one
+// rounding a step.
+template <int kRows, int kChunks, int kWidth>
+inline void multiply(const float* a, const float* b, float* d) {
+  static_assert(kRows % 8 == 0 && (kWidth == 4 || kWidth % 8 == 0));
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    __m256 rows[kWidth];
+    const float* columns = b + chunk * 8 * kWidth;
+    if constexpr (kWidth == 4) {
+      for (int j = 0; j < 4; ++j) {
+        rows[j] = _mm256_setr_ps(columns[j], columns[4 + j], columns[8 + j], columns[12 + j],
+                                 columns[16 + j], columns[20 + j], columns[24 + j], columns[28 + j]);
+      }
+    } else {
+      for (int j = 0; j < kWidth; j += 8) transpose8(columns + j, kWidth, rows + j);
+    }
+    for (int m = 0; m < kRows; m += 8) {
+      __m256 sums[8];
+      for (int i = 0; i < 8; ++i) sums[i] = _mm256_load_ps(d + (m + i) * 8);
+      const float* block = a + (chunk * kRows + m) * kWidth;
+      for (int j = 0; j < kWidth; ++j) {
+        for (int i = 0; i < 8; ++i) {
+          sums[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(block + i * kWidth + j), rows[j], sums[i]);
+        }
+      }
+      for (int i = 0; i < 8; ++i) _mm256_store_ps(d + (m + i) * 8, sums[i]);
+    }
+  }
+}
+
+}  // namespace fused_peft::sim
