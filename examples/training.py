@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -252,7 +252,7 @@ class Trainer:
                 self.epoch, self.position = self.epoch + 1, 0
                 batches = epoch_batches(self.rows, self.settings, self.epoch)
             started = time.perf_counter()
-            self._train_on(collate([self.rows[index] for index in batches[self.position]]))
+            self._train_on([self.rows[index] for index in batches[self.position]])
             self.seconds += time.perf_counter() - started
             on_step(self)
             if self.step % save_every == 0:
@@ -260,18 +260,26 @@ class Trainer:
         self.save(checkpoint)
         return self.step == self.settings.steps
 
-    def _train_on(self, batch: Batch) -> None:
+    def _train_on(self, rows: list[Encoded]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.step)
-        loss = completion_losses(self.model, batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)
+        loss = self._backward(rows)
+        self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses[self.step] = loss.detach()
+        self.losses[self.step] = loss
         self.step += 1
         self.position += 1
-        self.tokens += batch.tokens
+        self.tokens += sum(len(row.ids) for row in rows)
+
+    def _backward(self, rows: list[Encoded]) -> Tensor:
+        """Adds up the gradients of the mean loss of a batch, which it returns."""
+        loss = completion_losses(self.model, collate(rows)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _clip_gradients(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)
 
     # -------------------------------------------------------------------- checkpoint
 
@@ -281,11 +289,23 @@ class Trainer:
         One file, its JSON in the safetensors header, so that no kill can leave halves of two
         checkpoints.
         """
-        tensors = {"rng": torch.get_rng_state(), "losses": self.losses[: self.step].clone()}
+        self._write(path, self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """``weight.<name>`` of every parameter, and ``<key>.<name>`` of what AdamW keeps of it."""
+        tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"weight.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        tensors = {
+            "rng": torch.get_rng_state(),
+            "losses": self.losses[: self.step].clone(),
+            **tensors,
+        }
         state = {
             "format": CHECKPOINT_FORMAT,
             "settings": asdict(self.settings),
@@ -320,12 +340,7 @@ class Trainer:
                 if found is None or tuple(found.shape) != shape:
                     what = "nothing" if found is None else tuple(found.shape)
                     raise InputError(f"{path}: {key}.{name} of shape {shape} expected, got {what}")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight.{name}"])
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"] for key in optimizer_keys
-                }
+        self._take(tensors, optimizer_keys)
         if state["environment"] != _environment():
             print(
                 f"note: the run was on {state['environment']} and goes on with {_environment()}: "
@@ -335,6 +350,15 @@ class Trainer:
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
         self.tokens, self.seconds, self.notes = state["tokens"], state["seconds"], state["notes"]
         self.losses[: self.step] = tensors["losses"]
+
+    def _take(self, tensors: dict[str, Tensor], optimizer_keys: Sequence[str]) -> None:
+        """The counterpart of :meth:`_tensors`; all are there, and of the right shapes."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight.{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"] for key in optimizer_keys
+                }
 
 
 def read_state(path: Path, settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,24 @@
-max_rank: int
+from typing import Any
 
-def build_info() -> dict[str, str]: ...
+max_rank: int
+cuda_max_rank: int
+max_head_dim: int
+
+def build_info() -> dict[str, Any]: ...
 def available_cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str) -> None: ...
-
-max_head_dim: int
+def lora_linear_plan(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    *,
+    factor_float: bool = False,
+    dropout: bool = False,
+    weight_k_major: bool = True,
+    aligned: bool = True,
+    num_sms: int,
+    shared_per_block: int,
+    major: int,
+) -> dict[str, Any]: ...

@@ -10,6 +10,7 @@ from fused_peft.integrations.fuse import fuse_model, unfuse_model
 from fused_peft.integrations.transformers import use_fused_attention
 from fused_peft.nn import (
     LoraLinear,
+    LoraWrappedLinear,
     PrefixAttention,
     PrefixEncoder,
     PrefixMultiheadAttention,
@@ -18,6 +19,7 @@ from fused_peft.nn import (
     PromptEncoder,
 )
 from fused_peft.ops import prefix_attention
+from fused_peft.simulator import simulated_cuda
 from fused_peft.tuners import (
     LoraConfig,
     PrefixTuningConfig,
@@ -25,6 +27,7 @@ from fused_peft.tuners import (
     PromptTuningConfig,
     PTuningConfig,
     add_adapter,
+    check_optimizer,
     delete_adapter,
     disable_adapter,
     get_nb_trainable_parameters,
@@ -32,6 +35,7 @@ from fused_peft.tuners import (
     merge_adapter,
     print_trainable_parameters,
     set_adapter,
+    trainable_parameters,
     unmerge_adapter,
 )
 
@@ -44,6 +48,7 @@ __all__ = [
     "AdapterError",
     "LoraConfig",
     "LoraLinear",
+    "LoraWrappedLinear",
     "PTuningConfig",
     "PrefixAttention",
     "PrefixEncoder",
@@ -55,6 +60,7 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "add_adapter",
+    "check_optimizer",
     "delete_adapter",
     "disable_adapter",
     "explain",
@@ -69,6 +75,8 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "simulated_cuda",
+    "trainable_parameters",
     "unfuse_model",
     "unmerge_adapter",
     "use_fused_attention",

@@ -6,27 +6,40 @@ import platform
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_peft import _C, ops
-from fused_peft.nn import LoraLinear
+from fused_peft.nn import LoraLinear, LoraWrappedLinear
+from fused_peft.nn.base_layer import kind_of
 
 
-def explain(layer: LoraLinear, x: Tensor) -> str:
+def explain(layer: nn.Module, x: Tensor) -> str:
     """Say which path ``layer(x)`` takes and why.
 
     Args:
-        layer: a LoraLinear.
+        layer: a LoraLinear, a LoraWrappedLinear (its base layer runs once, on x), or a layer that
+            :func:`fused_peft.integrations.peft.fuse` has fused.
         x: ``[..., K]``, an input as the layer will get it.
 
     Returns:
         One line: the kernel with its instruction set, or the fallback with its reason.
 
     Raises:
-        TypeError: ``layer`` is not a LoraLinear.
+        TypeError: ``layer`` is neither.
     """
+    path_in_peft = getattr(layer, "_explain_path", None)
+    if path_in_peft is not None:
+        names, reason = path_in_peft(x)
+        if reason is not None:
+            return f"PEFT: its own forward, because {reason}"
+        return _kernel_path(x, names)
+    if isinstance(layer, LoraWrappedLinear):
+        return _explain_wrapped(layer, x)
     if not isinstance(layer, LoraLinear):
-        raise TypeError(f"layer is {type(layer).__name__}; expected LoraLinear")
+        raise TypeError(
+            f"layer is {type(layer).__name__}; expected LoraLinear, LoraWrappedLinear, or a PEFT "
+            "layer after fused_peft.integrations.peft.fuse"
+        )
     if not layer.adapters_enabled:
         return "torch: F.linear on the base weight, because the adapters are disabled"
     if layer.merged:
@@ -42,6 +55,39 @@ def explain(layer: LoraLinear, x: Tensor) -> str:
     reason = ops.fallback_reason(x, weight, layer.lora_A[name], layer.lora_B[name])
     if reason is not None:
         return f"torch: fused_peft.reference.lora_linear, because {reason}"
+    return _kernel_path(x, names)
+
+
+def _base_product(base: nn.Module) -> str:
+    weight = base._parameters.get("weight")
+    plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    if plain and weight is not None:
+        return f"F.linear over a {type(weight).__module__}.{type(weight).__qualname__}"
+    return f"{kind_of(base)} by its own forward"
+
+
+def _explain_wrapped(layer: LoraWrappedLinear, x: Tensor) -> str:
+    base = f"base: {_base_product(layer.base_layer)}"
+    names = layer.active_adapters
+    if not layer.adapters_enabled or not names:
+        why = "no adapter is active" if layer.adapters_enabled else "the adapters are disabled"
+        return f"{base}, alone because {why}"
+    with torch.no_grad():
+        y = layer.base_layer(x)
+    dtype = ops.autocast_dtype(x.device.type)
+    x = x.to(y.device, dtype)
+    name = names[0]
+    reason = ops.update_fallback_reason(y, x, layer.lora_A[name], layer.lora_B[name])
+    if reason is not None:
+        return f"{base}; update, torch: fused_peft.reference.lora_update, because {reason}"
+    rows = x.numel() // max(1, x.shape[-1])
+    return (
+        f"{base}; update, kernel: cpu {_C.cpu_isa()}, one pass over what the base gave "
+        f"({rows} rows), adapters {names}"
+    )
+
+
+def _kernel_path(x: Tensor, names: list[str]) -> str:
     rows = x.numel() // max(1, x.shape[-1])
     path = "dot products, the weight read once" if rows <= 16 else "register tiles"
     return f"kernel: cpu {_C.cpu_isa()}, {path} ({rows} rows), adapters {names} in one pass"
@@ -72,7 +118,7 @@ def report() -> str:
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("", ""),
         ("op", "served by"),
-        ("lora_linear, lora_linear_backward", ""),
+        ("lora_linear, lora_update and their backward passes", ""),
         *kernels,
         (f"  float64, other devices, r > {ops.MAX_RANK}", "fused_peft.reference (torch ops)"),
         ("prefix_attention, prefix_attention_backward", ""),

@@ -101,6 +101,33 @@ def lora_linear(
         ``[..., N]`` in x's dtype.
     """
     base = F.linear(x, weight, bias)
+    return lora_update(base, x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed)
+
+
+def lora_update(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = base + scaling * (drop(x) lora_a^T) lora_b^T``: what :func:`lora_linear` does to base.
+
+    Args:
+        base: ``[..., N]``.
+        x: ``[..., K]``.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        scaling: the factor on the low-rank update.
+        dropout_p: probability that an element of x is dropped before lora_a.
+        seed: int64 with one element, needed when ``dropout_p > 0``.
+
+    Returns:
+        ``[..., N]`` in base's dtype.
+    """
     update = x.to(lora_a.dtype)
     if dropout_p > 0.0:
         if seed is None:
@@ -133,8 +160,8 @@ def attention_keep(
         bool ``[batch, queries, keys]``, True where the key is seen.
     """
     t = torch.arange(keys, device=device)
-    start = torch.tensor(keys - queries, device=device) if query_start is None else query_start
-    p = start.reshape(-1, 1, 1) + torch.arange(queries, device=device)[:, None]
+    start = keys - queries if query_start is None else query_start.reshape(-1, 1, 1)
+    p = start + torch.arange(queries, device=device)[:, None]
     keep = torch.ones(batch, queries, keys, dtype=torch.bool, device=device)
     if causal:
         keep = keep & (t <= p)

@@ -1,9 +1,11 @@
 """Fixtures of several test files."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from distributed_world import World
 from hypothesis import settings
 from kernels import ISAS, forced
 
@@ -40,3 +42,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "boxes.jsonl"
     make_data(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Two processes with a gloo process group."""
+    world = World(2, tmp_path_factory.mktemp("two_processes"))
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Four of them."""
+    world = World(4, tmp_path_factory.mktemp("four_processes"))
+    yield world
+    world.close()

@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "binding/cpu_isa.h"
+#include "kernels/cuda/lora_linear_config.h"
 #include "kernels/lora_linear.h"
 #include "kernels/prefix_attention.h"
 
@@ -42,8 +44,50 @@ pybind11::dict build_info() {
   info["compiler"] = FUSED_PEFT_COMPILER;
   info["torch_built_against"] = FUSED_PEFT_TORCH_BUILT;
   info["nvcc"] = FUSED_PEFT_NVCC;
-  info["cuda_architectures"] = pybind11::list();
+  pybind11::list architectures;
+  std::istringstream list(FUSED_PEFT_CUDA_ARCHITECTURES);
+  for (std::string architecture; std::getline(list, architecture, ',');)
+    architectures.append(architecture);
+  info["cuda_architectures"] = architectures;
   return info;
+}
+
+const char* name_of(cuda::ForwardPath path) {
+  switch (path) {
+    case cuda::ForwardPath::kDecode: return "decode";
+    case cuda::ForwardPath::kFusedDown: return "fused down projection";
+    case cuda::ForwardPath::kTwoLaunches: break;
+  }
+  return "down projection, then GEMM";
+}
+
+// The kernels that a LoRA layer would get on a device of these facts; a pure function.
+pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool factor_float,
+                                bool dropout, bool weight_k_major, bool aligned, int num_sms,
+                                int shared_per_block, int major) {
+  const cuda::LoraLinearPlan plan =
+      cuda::plan_lora_linear({m, n, k, r, factor_float, dropout, weight_k_major, aligned},
+                             {num_sms, shared_per_block, major});
+  const auto skinny = [](const cuda::SkinnyChoice& choice) {
+    pybind11::dict out;
+    out["rank"] = choice.rank;
+    out["row_blocks"] = choice.row_blocks;
+    out["ctas"] = choice.ctas;
+    out["rank_blocks"] = choice.rank_blocks;
+    return out;
+  };
+  pybind11::dict out;
+  out["forward"] = name_of(plan.forward);
+  out["forward_launches"] = plan.forward_launches;
+  out["backward_launches"] = plan.backward_launches;
+  out["gemm_block"] = plan.gemm.block;
+  out["gemm_tiles"] = plan.gemm.tiles;
+  out["gemm_backward_block"] = plan.gemm_backward.block;
+  out["gemm_backward_tiles"] = plan.gemm_backward.tiles;
+  out["down"] = skinny(plan.down);
+  out["dy_pass"] = skinny(plan.dy_pass);
+  out["x_pass"] = skinny(plan.x_pass);
+  return out;
 }
 
 }  // namespace
@@ -57,7 +101,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::chosen_isa())); });
   m.def("set_cpu_isa", &set_isa, pybind11::arg("isa"),
         "Chooses the instruction set of the CPU kernels; ValueError where it is not available.");
+  using pybind11::arg;
+  m.def("lora_linear_plan", &lora_linear_plan, arg("m"), arg("n"), arg("k"), arg("r"),
+        pybind11::kw_only(), arg("factor_float") = false, arg("dropout") = false,
+        arg("weight_k_major") = true, arg("aligned") = true, arg("num_sms"),
+        arg("shared_per_block"), arg("major"),
+        "The CUDA kernels and tiles that a LoRA layer would get on a device of these properties.");
   m.attr("max_rank") = cpu::kMaxRank;
+  m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.attr("max_head_dim") = cpu::kMaxHeadDim;
 }
 

@@ -9,6 +9,9 @@
 //   dlora_b = dy^T s                                  [N, R]
 //   dbias   = sum over M of dy                        [N]
 //
+// Without a weight the product x weight^T is somebody else's, a quantised layer's say, and comes in
+// as base: y = base + s lora_b^T, and dx is the low-rank term alone.
+//
 // keep is the dropout mask, drop(x) = keep * x / (1 - p). The weight is frozen: its gradient is
 // never formed. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
 #pragma once
@@ -22,7 +25,7 @@ namespace fused_peft {
 struct LoraLinearParams {
   int64_t m = 0, n = 0, k = 0, r = 0;
   MatrixView x;       // [M, K], col_stride 1
-  MatrixView weight;  // [N, K], one of the strides is 1
+  MatrixView weight;  // [N, K], one of the strides is 1; data is null: see base
   MatrixView lora_a;  // [R, K], col_stride 1
   MatrixView lora_b;  // [N, R], col_stride 1
   MatrixView bias;    // [1, N], data is null without a bias
@@ -33,6 +36,7 @@ struct LoraLinearParams {
 
 struct LoraLinearForward {
   LoraLinearParams problem;
+  MatrixView base;     // [M, N], x's dtype, col_stride 1; read where there is no weight
   float* s = nullptr;  // [M, R] contiguous, out
   void* y = nullptr;   // [M, N], out, x's dtype
   int64_t y_row_stride = 0;

@@ -1,4 +1,5 @@
-// Launchers of the LoRA layer's CUDA kernels (sm_80 and newer). See lora_linear.h for the operation.
+// Launchers of the LoRA layer's CUDA kernels (sm_80 and newer). See lora_linear.h for the
+// operation.
 #pragma once
 
 #include "kernels/cuda/lora_linear_config.h"
@@ -6,18 +7,20 @@
 
 namespace fused_peft::cuda {
 
-// Where a launch runs. No launcher synchronises, allocates or reads device memory on the host, so all of them can be captured
-// into a CUDA graph.
+// Where a launch runs. No launcher synchronises, allocates or reads device memory on the host, so
+// all of them can be captured into a CUDA graph.
 struct LaunchContext {
-  void* stream = nullptr;            // cudaStream_t
-  const uint64_t* seed = nullptr;    // device memory; read where dropout_p > 0 (LoraLinearParams::seed is not)
-  void* workspace = nullptr;         // device memory of at least *_workspace_bytes, 256-byte aligned
+  void* stream = nullptr;  // cudaStream_t
+  const uint64_t* seed =
+      nullptr;  // device memory; read where dropout_p > 0 (LoraLinearParams::seed is not)
+  void* workspace = nullptr;  // device memory of at least *_workspace_bytes, 256-byte aligned
   DeviceFacts device;
 };
 
 LoraLinearShape shape_of(const LoraLinearParams& problem);
 
-// x in bfloat16 or float16, lora_a and lora_b both in x's dtype or both float32, R <= kMaxRank: else kUnsupported.
+// x in bfloat16 or float16, lora_a and lora_b both in x's dtype or both float32, R <= kMaxRank:
+// else kUnsupported.
 bool supports(const LoraLinearParams& problem);
 
 int64_t forward_workspace_bytes(const LoraLinearParams& problem, const DeviceFacts& device);

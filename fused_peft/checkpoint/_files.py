@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ._atomic import locate
+from ._sharded import full
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -84,7 +85,9 @@ def base_name(model: nn.Module, configured: str | None) -> str | None:
 
 
 def writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file can hold them: detached, contiguous, none sharing another's memory.
+    """The tensors as a file can hold them: whole, contiguous, none sharing another's memory.
+
+    Where one is a DTensor, every process has to call this.
 
     Raises:
         AdapterError: one has NaN or infinity, or no values at all.
@@ -94,9 +97,9 @@ def writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterError(f"{key} is on the meta device, without values; nothing is written")
-        if not is_finite(tensor):
+        value = full(tensor.detach()).contiguous()
+        if not is_finite(value):
             raise AdapterError(f"{key} has NaN or infinity; nothing is written")
-        value = tensor.detach().contiguous()
         # The format has no two names for one memory, as tied embeddings have.
         storage = value.untyped_storage().data_ptr()
         ready[key] = value.clone() if storage in memory else value
@@ -210,6 +213,7 @@ def read_tensors(
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             keys = [k for k in opened.keys() if not ignored(k)]  # noqa: SIM118
+            _refuse_quantised(file, {k: opened.get_slice(k).get_dtype() for k in keys}, known)
             _check_keys(saved, model, keys, required, known)
             also(keys)
             shapes = {k: tuple(opened.get_slice(k).get_shape()) for k in keys}
@@ -219,6 +223,17 @@ def read_tensors(
         raise AdapterError(
             f"{file} is no safetensors file, is cut off or damaged: {error}"
         ) from error
+
+
+def _refuse_quantised(file: Path, dtypes: Mapping[str, str], known: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError where packed values of 4 or 8 bits stand for those of an adapter."""
+    for key, dtype in dtypes.items():
+        if dtype in ("U8", "I8") and (key not in known or known[key].is_floating_point()):
+            raise AdapterError(
+                f"{key} in {file} is of {dtype}, quantised values; expected F32, BF16 or F16, as "
+                "an adapter has also where its base model is quantised (QLoRA): save it from the "
+                "model that trained it"
+            )
 
 
 def _check_keys(

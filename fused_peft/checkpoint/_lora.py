@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..nn.adapter_spec import near_matches
-from ..nn.lora_linear import LoraLinear
+from ..nn.lora_layer import LoraLayer
 from ..tuners.config import LoraConfig
 from ..tuners.lora import inject_adapter
 from ..tuners.modules_to_save import ModulesToSaveWrapper
@@ -31,6 +30,7 @@ from ._files import (
     writable,
 )
 from ._modules import adapter_names, embedding_paths, modules, outline, plain, refuse_meta
+from ._sharded import assign
 from ._side_files import Contents
 
 _PREFIX = "base_model.model."
@@ -113,7 +113,7 @@ def prepare(
 
 def _named_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Every tensor of the model under the name that PEFT would give it, other adapters left out."""
-    layers = {path for path, module in modules(model) if isinstance(module, LoraLinear)}
+    layers = {path for path, module in modules(model) if isinstance(module, LoraLayer)}
     wrappers = _wrappers(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -157,7 +157,7 @@ def _own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     for path, module in modules(model):
         prefix = f"{_PREFIX}{path}." if path else _PREFIX
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             wanted = ["lora_A.weight", "lora_B.weight"] if adapter_name in module.r else []
             # As in PEFT, the biases of all adapted layers, whichever adapter is on them.
             wanted += ["base_layer.bias"] if config.bias == "lora_only" else []
@@ -176,7 +176,7 @@ def _embedding_tensors(
     """File key -> the live tensor, for the base weights of input and output embeddings."""
     prefixes = []
     for path, layer in embedding_paths(model):
-        adapted = isinstance(layer, LoraLinear)
+        adapted = isinstance(layer, LoraLayer)
         if adapted or not adapted_only:
             prefixes.append(f"{_PREFIX}{path}." + ("base_layer." if adapted else ""))
     state = _named_state(model, adapter_name)
@@ -221,7 +221,7 @@ def _refuse_merged(model: nn.Module, keys: Iterable[str]) -> None:
     merged = {
         f"{_PREFIX}{path}.base_layer.weight": module.merged_adapters
         for path, module in modules(model)
-        if isinstance(module, LoraLinear) and module.merged
+        if isinstance(module, LoraLayer) and module.merged
     }
     for key in keys:
         if key in merged:
@@ -291,7 +291,7 @@ def _check_replaceable(
 
 
 def _has_merged(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, LoraLinear) and adapter_name in module.merged_adapters
+    return isinstance(module, LoraLayer) and adapter_name in module.merged_adapters
 
 
 def _put_in(model: nn.Module, saved: Saved, config: LoraConfig, adapter_name: str) -> None:
@@ -306,9 +306,8 @@ def _assign(
 ) -> None:
     own = _own_tensors(model, adapter_name)
     destinations = {**_embedding_tensors(model, adapter_name), **own}
-    with torch.no_grad():
-        for key, value in values.items():
-            destinations[key].copy_(value)
+    for key, value in values.items():
+        assign(destinations[key], value)
     for key, tensor in own.items():
         if isinstance(tensor, nn.Parameter) and ".original_module." not in key:
             tensor.requires_grad_(is_trainable)
@@ -325,7 +324,7 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     layers = {
         path: module
         for path, module in modules(model)
-        if isinstance(module, LoraLinear) and adapter_name in module.r
+        if isinstance(module, LoraLayer) and adapter_name in module.r
     }
     if not layers:
         known = adapter_names(model)
@@ -334,7 +333,7 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
             f"{near_matches(str(adapter_name), known)}"
         )
     if "" in layers:
-        raise ValueError("model is a LoraLinear; expected a module that has it under a name")
+        raise ValueError("model is a LoRA layer; expected a module that has it under a name")
     common: dict[str, Any] = {}
     for field in ("lora_dropout", "use_rslora", "init_lora_weights"):
         found = {getattr(layer, field)[adapter_name] for layer in layers.values()}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.lora_linear import LoraLinear
+from ..nn.base_layer import is_offloaded
+from ..nn.lora_layer import LoraLayer
 from ..tuners.prompt_inject import prompt_names
 
 
@@ -24,22 +25,27 @@ def plain(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, or the model itself.
+    """The module that torch.compile or DistributedDataParallel wrapped, or the model itself.
 
     Raises:
         TypeError: it is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the model's adapters of every kind, sorted."""
     names = set(getattr(model, "fused_peft_config", {})) | set(prompt_names(model))
     for _, module in modules(model):
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             names |= set(module.r)
     return sorted(names)
 
@@ -56,9 +62,10 @@ def embedding_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """Raise ValueError where a tensor of the model has no values."""
+    """Raise ValueError where a tensor of the model has no values, and is not offloaded either."""
+    offloaded = {path for path, module in model.named_modules() if is_offloaded(module)}
     for key, tensor in model.state_dict().items():
-        if tensor.is_meta:
+        if tensor.is_meta and key.rpartition(".")[0] not in offloaded:
             raise ValueError(f"{key} of the model is on the meta device; give it values first")
 
 

@@ -29,6 +29,7 @@ from ._files import (
 )
 from ._lora import vocabulary_was_resized
 from ._modules import embedding_paths, modules, plain, refuse_meta
+from ._sharded import assign, gathered
 from ._side_files import Contents, encoder_file, read_extra
 
 _Prompt = PrefixEncoder | PromptEmbedding
@@ -57,13 +58,15 @@ def contents(model: nn.Module, adapter_name: str) -> Contents:
     config = _config_of(model, adapter_name)
     if any(parameter.is_meta for parameter in adapter.parameters()):
         raise AdapterError(f"adapter {adapter_name!r} is on the meta device; nothing is written")
-    tensors = {PROMPT_KEY: adapter.prompt_embeddings(), **_copies(model, adapter_name)}
+    whole = gathered(adapter)
+    assert isinstance(whole, (PrefixEncoder, PromptEmbedding))
+    tensors = {PROMPT_KEY: whole.prompt_embeddings(), **_copies(model, adapter_name)}
     if vocabulary_was_resized(model, base_name(model, config.base_model_name_or_path)):
         tensors |= _embeddings(model)
     return Contents(
         config_document(model, config.to_dict(), {}),
         writable(tensors),
-        writable(adapter.encoder_state()),
+        writable(whole.encoder_state()),
         config.extra_fields(),
     )
 
@@ -182,15 +185,16 @@ def _take(
     assert adapters is not None
     current = _adapter(model, adapter_name)
     if _are_alike(current, adapter):
-        current.load_state_dict(adapter.state_dict())  # an optimizer may hold the parameters
+        values_of = current.state_dict(keep_vars=True)  # an optimizer may hold the parameters
+        for key, value in adapter.state_dict().items():
+            assign(values_of[key], value)
         adapter = current
     else:
         adapters.adapters[adapter_name] = adapter.train(model.training)
     copies = _copies(model, adapter_name)
     destinations = {**_embeddings(model), **copies}
-    with torch.no_grad():
-        for key, value in values.items():
-            destinations[key].copy_(value)
+    for key, value in values.items():
+        assign(destinations[key], value)
     for tensor in [*adapter.parameters(), *copies.values()]:
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(is_trainable)

@@ -178,12 +178,12 @@ def compact_mask(
             **offsets,
             **kwargs,
         )
-    config = kwargs.get("config")
-    if rows == WINDOWED and kv_length <= kwargs["local_size"]:
+    # A compiler would guard on it: two graphs where one does.
+    if rows == WINDOWED and not torch.compiler.is_compiling() and kv_length <= kwargs["local_size"]:
         rows = CAUSAL
     keys = _key_mask(attention_mask, kv_length, kv_offset)
     # Without a mask the attention modules decide whether they are causal.
-    plain = rows == BIDIRECTIONAL and getattr(config, "is_causal", True)
+    plain = rows == BIDIRECTIONAL and getattr(kwargs.get("config"), "is_causal", True)
     if rows == CAUSAL:
         plain = not static
     if keys is None and plain:
@@ -244,9 +244,15 @@ def _key_mask(
     else:
         keys = attention_mask[:, kv_offset : kv_offset + kv_length]
         keys = F.pad(keys, (0, kv_length - keys.shape[-1]))
-    if not torch.compiler.is_compiling() and not keys.is_meta and bool(keys.all()):
+    if _may_read(keys) and bool(keys.all()):
         return None
     return keys
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether the host may ask for values: not while tracing or capturing a CUDA graph."""
+    tracing = torch.compiler.is_compiling() or tensor.is_meta
+    return not (tracing or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def attention_forward(

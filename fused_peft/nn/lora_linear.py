@@ -1,31 +1,28 @@
-"""``nn.Linear`` with low-rank adapters (Hu et al., "LoRA: Low-Rank Adaptation", 2021, equation 3).
-
-What a layer computes is what PEFT's does: active adapters are summed in order, a merged layer is
-its base weight alone, and a disabled layer that is merged is unmerged first, in forward.
-"""
+"""``nn.Linear`` with low-rank adapters: Hu et al., "LoRA", 2021, equation 3."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from .adapter_spec import AdapterSpec, check_adapter_name, near_matches
-from .base_layer import check_base, is_conv1d
-from .initializers import (
-    changes_base_weight,
-    check_init_fits,
-    compute_dtype,
-    full_precision,
-    init_pair,
+from .adapter_spec import AdapterSpec, check_adapter_name
+from .base_layer import (
+    accelerate_hook,
+    check_base,
+    is_conv1d,
+    is_offloaded,
+    move_hook,
+    on_execution_device,
 )
+from .initializers import check_init_fits, compute_dtype, full_precision
+from .lora_layer import LoraLayer
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(LoraLayer, nn.Linear):
     """``y = x W^T + bias + sum over active adapters of scaling * (drop(x) lora_a^T) lora_b^T``.
 
     Weight and bias do not require grad. A plain nn.Linear's state dict loads with
@@ -59,14 +56,6 @@ class LoraLinear(nn.Linear):
         TypeError, ValueError: a hyperparameter is out of its range; the message names it.
     """
 
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
-    lora_dropout: dict[str, float]
-    use_rslora: dict[str, bool]
-    init_lora_weights: dict[str, bool | str]
-    lora_A: nn.ParameterDict  # noqa: N815 (PEFT's name)
-    lora_B: nn.ParameterDict  # noqa: N815
     fan_in_fan_out: bool
 
     def __init__(
@@ -139,6 +128,10 @@ class LoraLinear(nn.Linear):
         # All of it: hooks (shared, so that their handles still remove them), training, and what
         # libraries hang on modules.
         layer.__dict__.update(linear.__dict__)
+        hook = accelerate_hook(linear)
+        if hook is not None:  # what accelerate hung over forward runs linear's
+            for name in ("forward", "_old_forward", "_hf_hook"):
+                del layer.__dict__[name]
         layer._parameters = dict(linear._parameters)
         layer._buffers = dict(linear._buffers)
         layer._modules = {}
@@ -147,29 +140,30 @@ class LoraLinear(nn.Linear):
         layer._set_up(is_conv1d(linear))
         shape = layer.weight.shape
         layer.out_features, layer.in_features = reversed(shape) if layer.fan_in_fan_out else shape
+        if hook is not None:
+            move_hook(hook, layer)
         return layer
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's.
+
+        Raises:
+            TypeError: ``param`` is split over processes and the one it replaces is not: what
+                torch's ColwiseParallel and RowwiseParallel do, which know nothing of the adapters.
+        """
+        current = self.__dict__.get("_parameters", {}).get(name)
+        splits = any(placement.is_shard() for placement in getattr(param, "placements", ()))
+        if splits and current is not None and not hasattr(current, "placements"):
+            raise TypeError(
+                f"{name} would be split over processes, and lora_A and lora_B would not; use "
+                "fused_peft.distributed.ColwiseLoraParallel or RowwiseLoraParallel in the plan of "
+                "parallelize_module"
+            )
+        super().register_parameter(name, param)
 
     def _set_up(self, fan_in_fan_out: bool) -> None:
         self.fan_in_fan_out = fan_in_fan_out
-        self.r, self.lora_alpha, self.scaling, self.lora_dropout = {}, {}, {}, {}
-        self.use_rslora, self.init_lora_weights = {}, {}
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self._active: list[str] = []
-        self._merged: list[str] = []
-        self._enabled = True
-        self._single: str | None = None
-
-    def _add_first(self, name: str, spec: AdapterSpec, dtype: torch.dtype | None) -> None:
-        check_init_fits(spec.init_lora_weights, spec.r, self.weight)
-        pair = self._new_pair(spec, dtype)
-        self._freeze_base()
-        self.install(name, spec, *pair)
-        self.set_adapter(name)
-
-    def _freeze_base(self) -> None:
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self._set_up_adapters()
 
     # ---- forward
 
@@ -199,193 +193,73 @@ class LoraLinear(nn.Linear):
     def _forward_general(self, x: Tensor) -> Tensor:
         if not self._enabled and self._merged:
             self.unmerge()
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight, bias = self._base()
         names = self._active
         if not self._enabled or self._merged or not names:
-            return F.linear(x, weight, self.bias)
-        lora_a = [self.lora_A[name] for name in names]
-        lora_b = [self.lora_B[name] for name in names]
-        scaling = [self.scaling[name] for name in names]
+            return F.linear(x, weight, bias)
+        if self._can_be_joined(names):
+            lora_a, lora_b, scaling = self._side_by_side(names)
+            return ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling)
         dropout = [self.lora_dropout[name] if self.training else 0.0 for name in names]
-        if not any(dropout) and len({a.dtype for a in lora_a}) == 1:
-            return self._forward_side_by_side(x, weight, lora_a, lora_b, scaling)
+        first = names[0]
         y = ops.lora_linear(
             x,
             weight,
-            lora_a[0],
-            lora_b[0],
-            self.bias,
-            scaling=scaling[0],
+            *self._factors(first),
+            bias,
+            scaling=self.scaling[first],
             dropout_p=dropout[0],
-            seed=ops.new_seed(x.device) if dropout[0] else None,
+            seed=self._new_seed(x) if dropout[0] else None,
         )
         out_dtype = y.dtype
-        for a, b, s, p in zip(lora_a[1:], lora_b[1:], scaling[1:], dropout[1:], strict=True):
-            y = y + F.linear(F.linear(F.dropout(x.to(a.dtype), p), a), b) * s
+        for name, p in zip(names[1:], dropout[1:], strict=True):
+            a, b = self._factors(name)
+            y = y + F.linear(F.linear(self._dropped(x.to(a.dtype), p), a), b) * self.scaling[name]
         return y.to(out_dtype)
 
-    def _forward_side_by_side(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: list[Tensor],
-        lora_b: list[Tensor],
-        scaling: list[float],
-    ) -> Tensor:
-        """Side by side along the rank, adapters are one: sum s_i B_i A_i = [s_i B_i] [A_i]."""
-        common = scaling[0]
-        if any(s != common for s in scaling):
-            # Scaled in float32 at least: a half lora_b times its scaling would be rounded twice.
-            dtype = compute_dtype(lora_b[0].dtype)
-            lora_a = [a.to(dtype) for a in lora_a]
-            lora_b = [b.to(dtype) * s for b, s in zip(lora_b, scaling, strict=True)]
-            common = 1.0
-        return ops.lora_linear(
-            x, weight, torch.cat(lora_a), torch.cat(lora_b, dim=1), self.bias, scaling=common
-        )
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """The weight ``[N, K]`` and the bias as forward uses them."""
+        return self.base_weight(), self.bias
 
-    # ---- adapters
+    def _new_seed(self, x: Tensor) -> Tensor:
+        return ops.new_seed(x.device)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that forward adds, in order (a copy; see :meth:`set_adapter`)."""
-        return list(self._active)
+    def _dropped(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p)
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that the weight contains, in order (a copy)."""
-        return list(self._merged)
+    # ---- the base weight
 
-    @property
-    def merged(self) -> bool:
-        """Whether the weight contains an adapter."""
-        return bool(self._merged)
-
-    @property
-    def adapters_enabled(self) -> bool:
-        """Whether forward adds the active adapters (see :meth:`enable_adapters`)."""
-        return self._enabled
-
-    def add_adapter(
-        self,
-        name: str,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
-        """A further adapter, neither active nor trainable until :meth:`set_adapter` names it.
-
-        Raises:
-            ValueError: ``name`` is there already, or a hyperparameter is out of its range, or
-                "pissa"/"olora" on a merged layer.
-        """
-        spec = AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
-        self.check_addable(name, spec)
-        self.install(name, spec, *self._new_pair(spec, adapter_dtype))
-
-    def check_addable(self, name: str, spec: AdapterSpec) -> None:
-        """Raise what :meth:`add_adapter` would raise."""
-        check_adapter_name(name)
-        if name in self.r:
-            raise ValueError(f"adapter_name is {name!r}; the layer has {sorted(self.r)} already")
-        if self._merged and changes_base_weight(spec.init_lora_weights):
-            raise ValueError(
-                f"init_lora_weights is {spec.init_lora_weights!r} and adapters {self._merged} are "
-                "merged into the weight that it decomposes; unmerge first"
-            )
-        check_init_fits(spec.init_lora_weights, spec.r, self.weight)
-
-    def _new_pair(self, spec: AdapterSpec, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def base_weight(self) -> Tensor:
+        """The weight as ``[N, K]``, whichever way it is stored."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return init_pair(
-            spec.init_lora_weights, spec.r, spec.scaling, weight, dtype or weight.dtype
-        )
+        return on_execution_device(self, weight) if weight.is_meta else weight
 
-    def install(self, name: str, spec: AdapterSpec, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Take ``lora_a [r, K]`` and ``lora_b [N, r]`` in as adapter ``name``; checks nothing."""
-        self.r[name] = spec.r
-        self.lora_alpha[name] = spec.lora_alpha
-        self.scaling[name] = spec.scaling
-        self.lora_dropout[name] = spec.lora_dropout
-        self.use_rslora[name] = spec.use_rslora
-        self.init_lora_weights[name] = spec.init_lora_weights
-        self.lora_A[name] = nn.Parameter(lora_a, requires_grad=False)
-        self.lora_B[name] = nn.Parameter(lora_b, requires_grad=False)
-        if changes_base_weight(spec.init_lora_weights):
-            self._overwrite_weight(self._weight_with([name], -1.0))
+    def check_start(self, kind: bool | str, r: int) -> None:
+        """Raise ValueError where an adapter cannot start as ``kind`` at this rank."""
+        check_init_fits(kind, r, self.weight)  # itself: an offloaded one has no values
 
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter. Where it was the last active one, the first left becomes active.
+    def freeze_base(self) -> None:
+        """Let weight and bias not require a gradient."""
+        self.freeze_weight()
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
-        Raises:
-            ValueError: there is no such adapter, or it is merged.
-        """
-        self._check_known([name])
-        if name in self._merged:
-            raise ValueError(f"adapter {name!r} is merged into the weight; unmerge first")
-        was_trainable = self.lora_A[name].requires_grad
-        for by_name in (
-            self.r,
-            self.lora_alpha,
-            self.scaling,
-            self.lora_dropout,
-            self.use_rslora,
-            self.init_lora_weights,
-            self.lora_A,
-            self.lora_B,
-        ):
-            del by_name[name]
-        if name in self._active:
-            self._active.remove(name)
-            if not self._active and self.r:
-                self.set_adapter(next(iter(self.r)), inference_mode=not was_trainable)
-        self._refresh()
+    def freeze_weight(self) -> None:
+        """Let the weight not require a gradient."""
+        self.weight.requires_grad_(False)
 
-    def set_adapter(self, names: str | Sequence[str], *, inference_mode: bool = False) -> None:
-        """Make ``names`` the active adapters, in this order, and only them trainable.
-
-        Merged adapters are taken out of the weight first, with a warning.
-
-        Args:
-            names: one name, several, or none ([]: the base layer alone).
-            inference_mode: do not make them trainable either.
-
-        Raises:
-            ValueError: a name is unknown or given twice. Nothing is changed then.
-        """
-        names = [names] if isinstance(names, str) else list(names)
-        self._check_known(names)
-        if len(set(names)) != len(names):
-            raise ValueError(f"names is {names!r}; expected each adapter once")
-        if self._merged:
-            warnings.warn(f"adapters {self._merged} were merged; they are unmerged", stacklevel=2)
-            self.unmerge()
-        for by_name in (self.lora_A, self.lora_B):
-            for name, parameter in by_name.items():
-                parameter.requires_grad_(name in names and not inference_mode)
-        self._active = names
-        self._refresh()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Add the active adapters in forward, or do not. Merged ones leave at the next forward."""
-        self._enabled = bool(enabled)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        single = len(self._active) == 1 and self._enabled and not self._merged
-        self._single = self._active[0] if single else None
-
-    def _check_known(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.r:
-                raise ValueError(
-                    f"adapter {name!r} is unknown; the layer has {sorted(self.r)}"
-                    f"{near_matches(str(name), self.r)}"
-                )
+    def check_mergeable(self) -> None:
+        """Raise ValueError where the weight is sharded over processes, or offloaded."""
+        if self.weight.is_meta and is_offloaded(self):
+            raise ValueError(
+                "the weight is offloaded by accelerate, so that nothing can be merged into it; "
+                "load the base model without offloading and the adapter onto that"
+            )
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                "the weight is sharded over processes; save the adapter, load it into the model in "
+                "one process, and merge there"
+            )
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew as nn.Linear does, and every adapter as its init says."""
@@ -397,81 +271,6 @@ class LoraLinear(nn.Linear):
             super().reset_parameters()
         for name in getattr(self, "r", {}):
             self.reset_adapter(name)
-
-    def reset_adapter(self, name: str) -> None:
-        """Draw ``lora_A`` and ``lora_B`` of an adapter anew; "pissa" and "olora" from the weight.
-
-        Raises:
-            ValueError: there is no such adapter, or it is merged.
-        """
-        self._check_known([name])
-        if name in self._merged:
-            raise ValueError(f"adapter {name!r} is merged into the weight; unmerge first")
-        kind, r = self.init_lora_weights[name], self.r[name]
-        check_init_fits(kind, r, self.weight)
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        pair = init_pair(kind, r, self.scaling[name], weight, self.lora_A[name].dtype)
-        with torch.no_grad():
-            self.lora_A[name].copy_(pair[0])
-            self.lora_B[name].copy_(pair[1])
-        if changes_base_weight(kind):
-            self._overwrite_weight(self._weight_with([name], -1.0))
-
-    # ---- merging
-
-    def merge(self, safe: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Add ``scaling * lora_b @ lora_a`` of adapters to the weight, in place.
-
-        Added up in float32 (float64 for a float64 weight) and rounded once to the weight's dtype.
-
-        Args:
-            safe: check that the new weight is finite before it is put in place.
-            adapter_names: None means the active ones. Those already merged are left out.
-
-        Raises:
-            TypeError: ``adapter_names`` is a str. ValueError: a name is unknown, or ``safe`` and
-                the result has NaN or infinity; the layer is as before then.
-        """
-        names = self._names_to_merge(adapter_names)
-        if not names:
-            return
-        merged = self.check_merge(names) if safe else self._weight_with(names, 1.0)
-        self._overwrite_weight(merged)
-        self._merged += names
-        self._refresh()
-
-    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names is {adapter_names!r}; expected a list of names")
-        wanted = self._active if adapter_names is None else list(dict.fromkeys(adapter_names))
-        self._check_known(wanted)
-        names = [name for name in wanted if name not in self._merged]
-        if wanted and not names:
-            warnings.warn("all adapters are merged already, nothing to do", stacklevel=3)
-        return names
-
-    def check_merge(self, names: Sequence[str]) -> Tensor:
-        """The weight with adapters ``names`` in it, as a new tensor; the layer is left alone.
-
-        Raises:
-            ValueError: it has NaN or infinity.
-        """
-        merged = self._weight_with(names, 1.0)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"merging adapters {names} would give a weight with NaN or infinity")
-        return merged
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the weight again, in place.
-
-        The weight comes back up to the rounding of its dtype: no copy of it is kept.
-        """
-        if not self._merged:
-            warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
-            return
-        self._overwrite_weight(self._weight_with(self._merged, -1.0))
-        self._merged = []
-        self._refresh()
 
     def _weight_with(self, names: Sequence[str], sign: float) -> Tensor:
         """``weight + sign * sum of scaling * lora_b @ lora_a``, new, in the weight's dtype."""
@@ -488,16 +287,3 @@ class LoraLinear(nn.Linear):
         # In place, so that the Parameter stays the same object and its version counter moves on.
         with torch.no_grad():
             self.weight.copy_(value)
-
-    def extra_repr(self) -> str:
-        """Sizes, and every adapter's r, lora_alpha and lora_dropout; which are active or merged."""
-        adapters = ", ".join(
-            f"{name}: r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, "
-            f"lora_dropout={self.lora_dropout[name]}"
-            + (", use_rslora=True" if self.use_rslora[name] else "")
-            for name in self.r
-        )
-        return (
-            f"{super().extra_repr()}, adapters={{{adapters}}}, active={self._active}, "
-            f"merged={self._merged}" + ("" if self._enabled else ", disabled")
-        )

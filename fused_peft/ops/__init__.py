@@ -8,6 +8,7 @@ covers the problem, with the same result.
 from ._common import MAX_RANK, autocast_dtype, new_seed
 from ._frozen_layers import cross_entropy, rms_norm, swiglu
 from ._lora_linear import fallback_reason, lora_linear
+from ._lora_update import lora_update, update_fallback_reason
 from ._prefix_attention import MAX_HEAD_DIM, attention_fallback_reason, prefix_attention
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "cross_entropy",
     "fallback_reason",
     "lora_linear",
+    "lora_update",
     "new_seed",
     "prefix_attention",
     "rms_norm",
     "swiglu",
+    "update_fallback_reason",
 ]

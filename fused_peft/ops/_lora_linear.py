@@ -17,6 +17,7 @@ from ._common import (
     check_dropout,
     differentiated_otherwise,
 )
+from ._devices import CUDA_DTYPES, CUDA_MAX_RANK, kernel_device, kernel_op
 
 
 def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
@@ -28,9 +29,12 @@ def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
     """
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; kernels exist for: cpu"
+    device, reason = kernel_device(x)
+    if device is None:
+        return reason
     dtype = x.dtype
+    if device == "cuda" and dtype not in CUDA_DTYPES:
+        return f"x is {dtype}; CUDA kernels exist for bfloat16 and float16"
     if dtype not in KERNEL_DTYPES:
         return f"x is {dtype}; kernels exist for float32, bfloat16 and float16"
     if weight.layout != torch.strided or x.layout != torch.strided:
@@ -38,8 +42,11 @@ def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if factor.dtype != dtype and factor.dtype != torch.float32:
             return f"{name} is {factor.dtype}; kernels take x's dtype or float32"
-    if lora_a.shape[0] > MAX_RANK:
-        return f"the rank is {lora_a.shape[0]}; kernels exist up to {MAX_RANK}"
+    if device == "cuda" and lora_a.dtype != lora_b.dtype:
+        return f"lora_a is {lora_a.dtype}, lora_b {lora_b.dtype}; CUDA kernels take both alike"
+    max_rank = CUDA_MAX_RANK if device == "cuda" else MAX_RANK
+    if lora_a.shape[0] > max_rank:
+        return f"the rank is {lora_a.shape[0]}; kernels exist up to {max_rank}"
     return None
 
 
@@ -130,7 +137,7 @@ def lora_linear(
             y = _LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                y, _ = torch.ops.fused_peft.lora_linear.default(*operands)
+                y, _ = kernel_op("lora_linear")(*operands)
         return y  # type: ignore[no-any-return]
     return reference.lora_linear(
         x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
@@ -230,7 +237,7 @@ class _LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, s = torch.ops.fused_peft.lora_linear.default(*operands)
+            y, s = kernel_op("lora_linear")(*operands)
         _save_for_backward(ctx, operands, s)
         return y  # type: ignore[no-any-return]
 
@@ -244,9 +251,7 @@ class _LoraLinearFunction(torch.autograd.Function):
 
 def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fused_peft.lora_linear_backward.default(  # type: ignore[no-any-return]
-            *operands
-        )
+        return kernel_op("lora_linear_backward")(*operands)  # type: ignore[no-any-return]
 
 
 def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from fused_peft.simulator._results import (
     reset,
 )
 from fused_peft.simulator._settings import DEVICES, device, options, use_device
+from fused_peft.simulator._torch import simulated_cuda
 
 __all__ = [
     "DEVICES",
@@ -36,5 +37,6 @@ __all__ = [
     "options",
     "print_counters",
     "reset",
+    "simulated_cuda",
     "use_device",
 ]

@@ -33,6 +33,9 @@ def main() -> int:
     )
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--json", type=Path, help="write counters and findings to this file")
+    run.add_argument(
+        "--dump", type=Path, help="write each device buffer to this folder when it is freed"
+    )
     run.add_argument("--counters", action="store_true", help="print the counters of each kernel")
     run.add_argument("program")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -60,6 +63,9 @@ def _run(args: argparse.Namespace) -> int:
             "FUSED_PEFT_SIMULATOR_THREADS": str(args.threads),
             "FUSED_PEFT_SIMULATOR_REPORT": str(report),
         }
+        if args.dump:
+            args.dump.mkdir(parents=True, exist_ok=True)
+            environment["FUSED_PEFT_SIMULATOR_DUMP"] = str(args.dump)
         code = subprocess.run([args.program, *args.arguments], env=environment).returncode
         if not report.exists():
             print(

@@ -6,14 +6,11 @@ from .lora import (
     add_adapter,
     delete_adapter,
     disable_adapter,
-    get_nb_trainable_parameters,
     get_peft_model,
     inject_adapter,
-    merge_adapter,
-    print_trainable_parameters,
     set_adapter,
-    unmerge_adapter,
 )
+from .merging import merge_adapter, unmerge_adapter
 from .modules_to_save import ModulesToSaveWrapper
 from .prompt_config import (
     PROMPT_CONFIGS,
@@ -24,6 +21,12 @@ from .prompt_config import (
     PTuningConfig,
 )
 from .prompt_resolve import resolve_prompt_config
+from .trainable import (
+    check_optimizer,
+    get_nb_trainable_parameters,
+    print_trainable_parameters,
+    trainable_parameters,
+)
 
 __all__ = [
     "PROMPT_CONFIGS",
@@ -36,6 +39,7 @@ __all__ = [
     "PromptTuningConfig",
     "active_adapters",
     "add_adapter",
+    "check_optimizer",
     "delete_adapter",
     "disable_adapter",
     "get_nb_trainable_parameters",
@@ -45,5 +49,6 @@ __all__ = [
     "print_trainable_parameters",
     "resolve_prompt_config",
     "set_adapter",
+    "trainable_parameters",
     "unmerge_adapter",
 ]

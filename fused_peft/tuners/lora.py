@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn.adapter_spec import AdapterSpec, check_adapter_name, near_matches
-from ..nn.base_layer import is_conv1d
-from ..nn.initializers import changes_base_weight, check_init_fits, init_pair
-from ..nn.lora_linear import LoraLinear
+from ..nn.adapter_spec import check_adapter_name, near_matches
+from ..nn.lora_layer import LoraLayer
 from .config import LoraConfig
+from .inject import check_starts, new_pairs, put_layers, refuse_peft, tell_trainer
 from .modules_to_save import ModulesToSaveWrapper
-from .places import Sharing, find_places, original_module, put_module, save_modules
+from .places import (
+    find_places,
+    original_module,
+    refuse_wrapped,
+    save_modules,
+)
 from .prompt_config import PromptLearningConfig
 from .prompt_inject import (
     delete_prompt,
@@ -29,6 +32,7 @@ from .prompt_inject import (
 )
 from .prompt_resolve import resolve_prompt_config
 from .targets import Plan, make_plan, own_modules, saved_modules, task_heads
+from .trainable import freeze
 
 _ModelT = TypeVar("_ModelT", bound=nn.Module)
 
@@ -62,12 +66,8 @@ def get_peft_model(
         TypeError, ValueError: what the config names is not there or is no linear layer, or the
             model has an adapter already. The model is left as it was.
     """
-    existing = _adapter_names(model)
-    if existing and adapter_name not in existing:
-        raise ValueError(
-            f"the model has the adapters {existing} already; use add_adapter(model, config, "
-            f"{adapter_name!r}) for a further one"
-        )
+    if isinstance(model, nn.Module):
+        _refuse_adapted(model, adapter_name)
     inject_adapter(
         model,
         config,
@@ -129,6 +129,8 @@ def inject_adapter(
             f"config is a {type(config).__name__}; expected a LoraConfig, PrefixTuningConfig, "
             "PromptTuningConfig or PTuningConfig"
         )
+    refuse_wrapped(model, "adding an adapter")
+    refuse_peft(model)
     existing = _adapter_names(model)
     if check_adapter_name(adapter_name) in existing:
         raise ValueError(f"adapter_name is {adapter_name!r}; the model has {existing} already")
@@ -142,7 +144,7 @@ def inject_adapter(
             "expected 'none' for all adapters of a model but one"
         )
     plan = make_plan(model, config, strict=strict)
-    _check_starts(model, adapter_name, plan)
+    check_starts(model, adapter_name, plan)
     _apply(model, adapter_name, plan, autocast_adapter_dtype, first=not existing)
 
 
@@ -163,8 +165,9 @@ def _inject_prompt(
     copies = {path: copy.deepcopy(original_module(module)) for path, module in saved.items()}
     places = find_places(model)
     if first:
-        model.requires_grad_(False)
+        freeze(model)
     put_prompt(model, name, adapter)
+    tell_trainer(model)
     save_modules(name, saved, copies, places)
     model.__dict__["fused_peft_config"] = {**_configs(model), name: resolved}
     if first:
@@ -188,7 +191,7 @@ def set_adapter(
             (modules_to_save), or two are prefixes or prompts. Nothing is changed then.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    check_known(model, names)
     if len(set(names)) != len(names):
         raise ValueError(f"adapter_names is {names!r}; expected each adapter once")
     prompts = [name for name in names if name in prompt_names(model)]
@@ -197,7 +200,7 @@ def set_adapter(
             f"adapter_names is {names!r}; {prompts} are prefixes or prompts, of which only one can "
             "be active"
         )
-    wrappers = _modules(model, ModulesToSaveWrapper)
+    wrappers = modules_of(model, ModulesToSaveWrapper)
     for path, wrapper in wrappers:
         rivals = [name for name in names if name in wrapper.modules_to_save]
         if len(rivals) > 1:
@@ -205,7 +208,7 @@ def set_adapter(
                 f"adapter_names is {names!r}; {rivals} each have a copy of {path!r} "
                 "(modules_to_save), of which only one can be active"
             )
-    for _, layer in _modules(model, LoraLinear):
+    for _, layer in modules_of(model, LoraLayer):
         layer.set_adapter([n for n in names if n in layer.r], inference_mode=inference_mode)
     for name, config in _lora_configs(model).items():
         if config.bias != "none":
@@ -220,9 +223,9 @@ def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that are active in any layer of ``model``."""
     active: dict[str, None] = {}
     prompts = prompt_adapters(model)
-    for _, layer in _modules(model, LoraLinear):
+    for _, layer in modules_of(model, LoraLayer):
         active.update(dict.fromkeys(layer.active_adapters))
-    for _, wrapper in _modules(model, ModulesToSaveWrapper):
+    for _, wrapper in modules_of(model, ModulesToSaveWrapper):
         if wrapper.active_adapter is not None:
             active[wrapper.active_adapter] = None
     if prompts is not None and prompts.active is not None:
@@ -236,8 +239,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: it is unknown, or merged. Nothing is changed then.
     """
-    _check_known(model, [adapter_name])
-    layers = [(p, m) for p, m in _modules(model, LoraLinear) if adapter_name in m.r]
+    check_known(model, [adapter_name])
+    layers = [(p, m) for p, m in modules_of(model, LoraLayer) if adapter_name in m.r]
     merged = [path for path, layer in layers if adapter_name in layer.merged_adapters]
     if merged:
         raise ValueError(f"adapter {adapter_name!r} is merged into {merged[0]!r}; unmerge first")
@@ -254,66 +257,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         layer.delete_adapter(adapter_name)
         if alone and still_active:
             layer.set_adapter([])  # the layer's own choice would be one that is not active
-    for _, wrapper in _modules(model, ModulesToSaveWrapper):
+    for _, wrapper in modules_of(model, ModulesToSaveWrapper):
         if adapter_name in wrapper.modules_to_save:
             wrapper.delete_adapter(adapter_name)
     left = _adapter_names(model)
     if left and was_active and not still_active:
         warnings.warn(f"adapter {adapter_name!r} was active; now {left[0]!r} is", stacklevel=2)
         set_adapter(model, left[0], inference_mode=not trainable)
-
-
-def merge_adapter(
-    model: nn.Module, safe: bool = False, adapter_names: Sequence[str] | None = None
-) -> None:
-    """Add adapters to the base weights in place; see :meth:`fused_peft.LoraLinear.merge`.
-
-    Args:
-        model: with adapters.
-        safe: check first that every new weight is finite.
-        adapter_names: None means the active ones.
-
-    Raises:
-        ValueError: there is no adapter; a name is unknown or that of a prefix or prompt, which
-            belongs to no weight; a weight is shared with another module, which would change along;
-            or ``safe`` and a result is not finite. Nothing is changed.
-    """
-    _refuse_prompts(model, adapter_names)
-    layers = _require_layers(model)
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names is {adapter_names!r}; expected a list of names")
-    if adapter_names is not None:
-        _check_known(model, adapter_names)
-    sharing = Sharing(model)
-    todo = []
-    for path, layer in layers:
-        wanted = layer.active_adapters if adapter_names is None else list(adapter_names)
-        names = [n for n in wanted if n in layer.r and n not in layer.merged_adapters]
-        if names:
-            sharing.refuse(path, layer, "merging")
-            todo.append((path, layer, names))
-    if not todo:
-        warnings.warn("all adapters are merged already, nothing to do", stacklevel=2)
-    for path, layer, names in todo if safe else []:
-        try:
-            layer.check_merge(names)
-        except ValueError as error:
-            raise ValueError(f"{path!r}: {error}") from error
-    for _, layer, names in todo:
-        layer.merge(adapter_names=names)
-
-
-def unmerge_adapter(model: nn.Module) -> None:
-    """Take all merged adapters out of the base weights again, up to rounding.
-
-    Raises:
-        ValueError: the model has no adapter.
-    """
-    merged = [layer for _, layer in _require_layers(model) if layer.merged]
-    if not merged:
-        warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
-    for layer in merged:
-        layer.unmerge()
 
 
 @contextlib.contextmanager
@@ -327,7 +277,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     prompts = prompt_adapters(model)
     if prompts is None:
-        _require_layers(model)
+        require_layers(model)
     for name, config in _lora_configs(model).items():
         if config.bias != "none":
             warnings.warn(
@@ -335,7 +285,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 "output is not the base model's",
                 stacklevel=3,
             )
-    modules = [m for m in model.modules() if isinstance(m, (LoraLinear, ModulesToSaveWrapper))]
+    modules = [m for m in model.modules() if isinstance(m, (LoraLayer, ModulesToSaveWrapper))]
     before = [module.adapters_enabled for module in modules]
     for module in modules:
         module.enable_adapters(False)
@@ -351,44 +301,43 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             module.enable_adapters(enabled)
 
 
-def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trainable parameters and of all parameters; shared ones count once."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Print both numbers of :func:`get_nb_trainable_parameters` and their ratio, as PEFT does."""
-    trainable, total = get_nb_trainable_parameters(model)
-    percent = 100 * trainable / total if total else 0.0
-    print(
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
-    )
+def _refuse_adapted(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError where the model has adapters already."""
+    existing = _adapter_names(model)
+    merged = [name for _, layer in modules_of(model, LoraLayer) for name in layer.merged_adapters]
+    if merged:
+        raise ValueError(
+            f"the model has adapters, of which {list(dict.fromkeys(merged))} are merged into its "
+            "weights, and a new one would learn on top of them; take them out by "
+            "unmerge_adapter(model), or save the merged model and start from that"
+        )
+    if existing and adapter_name not in existing:
+        raise ValueError(
+            f"the model has the adapters {existing} already; use add_adapter(model, config, "
+            f"{adapter_name!r}) for a further one"
+        )
+    if existing:
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}; the model has {existing} already: was "
+            "get_peft_model called twice? Use add_adapter with another name for a further one, or "
+            "delete_adapter before"
+        )
 
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
-def _modules(model: nn.Module, cls: type[_ModuleT]) -> list[tuple[str, _ModuleT]]:
+def modules_of(model: nn.Module, cls: type[_ModuleT]) -> list[tuple[str, _ModuleT]]:
+    """The model's modules of a class, each with its path."""
     return [(path, m) for path, m in model.named_modules() if isinstance(m, cls)]
 
 
-def _require_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
-    layers = _modules(model, LoraLinear)
+def require_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The model's layers that LoRA can be on; ValueError where none has an adapter."""
+    layers = modules_of(model, LoraLayer)
     if not any(layer.r for _, layer in layers):
         raise ValueError(f"model {type(model).__name__} has no adapter; expected one with adapters")
     return layers
-
-
-def _refuse_prompts(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
-    prompts = prompt_names(model)
-    merged = prompts if adapter_names is None else [n for n in adapter_names if n in prompts]
-    has_lora = any(layer.r for _, layer in _modules(model, LoraLinear))
-    if merged and (adapter_names is not None or not has_lora):
-        raise ValueError(
-            f"adapter {merged[0]!r} is a prefix or prompt, which no weight can take in; expected "
-            "LoRA adapters to merge"
-        )
 
 
 def _configs(model: nn.Module) -> dict[str, LoraConfig | PromptLearningConfig]:
@@ -403,13 +352,14 @@ def _lora_configs(model: nn.Module) -> dict[str, LoraConfig]:
 
 def _adapter_names(model: nn.Module) -> list[str]:
     names = dict.fromkeys(_configs(model))
-    for _, layer in _modules(model, LoraLinear):
+    for _, layer in modules_of(model, LoraLayer):
         names.update(dict.fromkeys(layer.r))
     names.update(dict.fromkeys(prompt_names(model)))
     return list(names)
 
 
-def _check_known(model: nn.Module, names: Sequence[str]) -> None:
+def check_known(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ValueError where the model has no adapter of one of the names."""
     known = _adapter_names(model)
     for name in names:
         if name not in known:
@@ -421,51 +371,22 @@ def _check_known(model: nn.Module, names: Sequence[str]) -> None:
 
 def _train_biases(model: nn.Module, kind: str, trainable: bool) -> None:
     for module in [model, *(m for _, m in own_modules(model))]:
-        bias = module._parameters.get("bias")
-        if bias is not None and (kind == "all" or isinstance(module, LoraLinear)):
+        adapted = isinstance(module, LoraLayer)
+        bias = getattr(module, "bias", None) if adapted else module._parameters.get("bias")
+        if bias is not None and (kind == "all" or adapted):
             bias.requires_grad_(trainable)
-
-
-def _check_starts(model: nn.Module, name: str, plan: Plan) -> None:
-    """What could go wrong at the start of one of the layers, before any is built."""
-    sharing = Sharing(model)
-    for path, module in plan.layers.items():
-        spec, weight = plan.specs[path], module._parameters["weight"]
-        assert weight is not None  # make_plan has seen it
-        try:
-            if isinstance(module, LoraLinear):
-                module.check_addable(name, spec)
-            check_init_fits(spec.init_lora_weights, spec.r, weight)
-        except ValueError as error:
-            raise ValueError(f"target module {path!r}: {error}") from error
-        if changes_base_weight(spec.init_lora_weights):
-            sharing.refuse(path, module, f"init_lora_weights={spec.init_lora_weights!r}")
 
 
 def _apply(model: nn.Module, name: str, plan: Plan, autocast_dtype: bool, *, first: bool) -> None:
     # All that can fail comes before the first change to the model.
-    pairs = {p: _new_pair(m, plan.specs[p], autocast_dtype) for p, m in plan.layers.items()}
+    pairs = new_pairs(plan, autocast_dtype)
     copies = {p: copy.deepcopy(original_module(module)) for p, module in plan.saved.items()}
     places = find_places(model)
     if first:
-        model.requires_grad_(False)
-    for path, module in plan.layers.items():
-        layer = module if isinstance(module, LoraLinear) else LoraLinear.around(module)
-        layer.weight.requires_grad_(False)
-        layer.install(name, plan.specs[path], *pairs[path])
-        put_module(places, module, layer)
+        freeze(model)
+    put_layers(plan, name, pairs, places)
+    tell_trainer(model)
     save_modules(name, plan.saved, copies, places)
     model.__dict__["fused_peft_config"] = {**_configs(model), name: plan.config}
     if first:
         set_adapter(model, name, inference_mode=plan.config.inference_mode)
-
-
-def _new_pair(module: nn.Module, spec: AdapterSpec, autocast_dtype: bool) -> tuple[Tensor, Tensor]:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if half and autocast_dtype else weight.dtype
-    transposed = module.fan_in_fan_out if isinstance(module, LoraLinear) else is_conv1d(module)
-    return init_pair(
-        spec.init_lora_weights, spec.r, spec.scaling, weight.t() if transposed else weight, dtype
-    )

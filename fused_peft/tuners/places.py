@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,24 @@ class Sharing:
                 f"{what} would change the weight of {path!r}, which {', '.join(map(repr, others))} "
                 "shares; expected a weight that only one module has"
             )
+
+
+def refuse_wrapped(model: nn.Module, what: str, *, replicated: bool = True) -> None:
+    """Raise ValueError where ``what`` comes too late, for the model is distributed already.
+
+    Args:
+        model: which is looked through.
+        what: in words, for the message.
+        replicated: DistributedDataParallel is refused, too, not only FSDP.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    for path, module in model.named_modules():
+        name = repr(path) if path else "the model"
+        if replicated and isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"{name} is wrapped by DistributedDataParallel; {what} comes before")
+        if isinstance(module, sharded):
+            raise ValueError(f"{name} is sharded by FSDP; {what} comes before")
 
 
 def save_modules(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fused_peft.nn.base_layer import execution_device
 from fused_peft.nn.prefix_encoder import PrefixEncoder
 
 from .prefix_places import (
@@ -91,7 +92,8 @@ def new_prefix_encoder(
     """
     check_prefix(model, config)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    encoder = PrefixEncoder(config, device=embedding.weight.device)
+    device = execution_device(embedding, embedding.weight)
+    encoder = PrefixEncoder(config, device=device)
     if config.prefix_init != "text":
         return encoder
     text = config.prefix_init_text
@@ -105,7 +107,7 @@ def new_prefix_encoder(
             "num_virtual_tokens"
         )
     ids = (ids * P)[:P]
-    pairs = _key_values_of(model, torch.tensor([ids], device=embedding.weight.device))
+    pairs = _key_values_of(model, torch.tensor([ids], device=device))
     layers = list(pairs)
     for layer in reversed(range(len(pairs))):  # of two layers with the same prefix the lower counts
         layers[_prefix_layer(layer, config)] = pairs[layer]

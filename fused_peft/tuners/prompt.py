@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.base_layer import execution_device
 from ..nn.prompt_adapters import PromptAdapters
 from ..nn.prompt_embedding import PromptEmbedding
 from ..nn.prompt_encoder import PromptEncoder
@@ -60,10 +61,10 @@ def new_prompt_adapter(
     """
     check_prompt(model, config)
     embeddings = input_embeddings(model)
-    device = embeddings.weight.device
+    device = execution_device(embeddings, embeddings.weight)  # type: ignore[arg-type]
     if isinstance(config, PTuningConfig):
-        return PromptEncoder(config, device=device)  # type: ignore[arg-type]
-    adapter = PromptEmbedding(config, device=device)  # type: ignore[arg-type]
+        return PromptEncoder(config, device=device)
+    adapter = PromptEmbedding(config, device=device)
     if not config.inference_mode:
         rows = initial_rows(config, embeddings, adapter.embedding.num_embeddings, tokenizer)
         if rows is not None:

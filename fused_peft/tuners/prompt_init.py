@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.base_layer import execution_device
 from .prompt_config import PromptTuningConfig
 
 
@@ -113,7 +114,7 @@ def _embed(embeddings: nn.Module, ids: list[int], what: str) -> Tensor:
     weight = embeddings.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
-        rows: Tensor = embeddings(torch.tensor(ids, device=weight.device))
+        rows: Tensor = embeddings(torch.tensor(ids, device=execution_device(embeddings, weight)))
     return rows.detach().float()
 
 

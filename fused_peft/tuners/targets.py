@@ -17,8 +17,8 @@ from typing import TypeVar
 from torch import nn
 
 from ..nn.adapter_spec import AdapterSpec, near_matches
-from ..nn.base_layer import check_base, is_conv1d
-from ..nn.lora_linear import LoraLinear
+from ..nn.base_layer import check_base, check_target, features_of, is_conv1d, kind_of
+from ..nn.lora_layer import LoraLayer
 from ..nn.prompt_adapters import PromptAdapters
 from .config import LoraConfig
 from .modules_to_save import ModulesToSaveWrapper
@@ -96,6 +96,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
     if strict:
         _check_entries(config, names, optional=heads)
     if not layers:
+        _refuse_layer_itself(model)
         raise ValueError(_nothing_matched(config, names))
     for path, module in layers.items():
         _check_layer(model, path, module)
@@ -144,7 +145,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        if isinstance(module, (LoraLinear, ModulesToSaveWrapper, PromptAdapters)):
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper, PromptAdapters)):
             inside = name + "."
         if not isinstance(module, PromptAdapters):
             yield name, module
@@ -239,7 +240,7 @@ def _matched_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     return {
         n: m
         for n, m in candidates.items()
-        if (isinstance(m, nn.Linear) or is_conv1d(m))
+        if _is_linear(m)
         and not any(m is output for output in outputs)
         and not _is_read_by_its_parent(model, n)
     }
@@ -259,6 +260,13 @@ def _output_layers(model: nn.Module, config: LoraConfig) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" takes the module: quantised layers need not be of nn.Linear's kind."""
+    if isinstance(module, (nn.Linear, LoraLayer)) or is_conv1d(module):
+        return True
+    return features_of(module) is not None and not module._modules
+
+
 def _is_read_by_its_parent(model: nn.Module, path: str) -> bool:
     """Whether a module is never called: MultiheadAttention reads its out_proj's weight itself."""
     parent = model.get_submodule(path.rpartition(".")[0])
@@ -266,9 +274,11 @@ def _is_read_by_its_parent(model: nn.Module, path: str) -> bool:
 
 
 def _check_layer(model: nn.Module, path: str, module: nn.Module) -> None:
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLayer):
         return
-    check_base(module, f"target module {path!r}")
+    if isinstance(module, ModulesToSaveWrapper):  # which passes for what it stands for
+        check_base(module, f"target module {path!r}")
+    check_target(module, f"target module {path!r}")
     if _is_read_by_its_parent(model, path):
         raise TypeError(
             f"target module {path!r} belongs to a torch.nn.MultiheadAttention, which reads its "
@@ -296,7 +306,7 @@ def _check_saved(layers: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
                     f"modules_to_save names {path!r} and {other!r} is to be adapted or saved too; "
                     "expected modules apart from each other"
                 )
-        if any(isinstance(m, (LoraLinear, ModulesToSaveWrapper)) for m in _below(module)):
+        if any(isinstance(m, (LoraLayer, ModulesToSaveWrapper)) for m in _below(module)):
             raise TypeError(f"modules_to_save names {path!r}, which has adapters; expected none")
 
 
@@ -319,6 +329,18 @@ def _check_entries(config: LoraConfig, names: list[str], optional: list[str]) ->
 def _no_such_module(entry: str, names: list[str]) -> str:
     known = [*names, *(name.rpartition(".")[2] for name in names)]
     return f"which matches no module{near_matches(entry, known)}"
+
+
+def _refuse_layer_itself(model: nn.Module) -> None:
+    if _is_linear(model):
+        raise ValueError(
+            f"model is itself a linear layer, a {kind_of(model)}; expected a model that has it "
+            "under a name, or LoraLinear.from_linear(model) in its place"
+        )
+    if not any(_is_linear(module) for module in model.modules()):
+        raise ValueError(
+            f"model is a {type(model).__name__} without a linear layer; expected one to adapt"
+        )
 
 
 def _nothing_matched(config: LoraConfig, names: list[str]) -> str:
@@ -353,7 +375,7 @@ def _resolved(config: LoraConfig, layers: Mapping[str, nn.Module], names: list[s
         selected = {n for n in names if _names_match(ends, n) and not is_excluded(config, n)}
         targets = ends if selected == set(layers) else set(layers)
     transposed = any(
-        m.fan_in_fan_out if isinstance(m, LoraLinear) else is_conv1d(m) for m in layers.values()
+        m.fan_in_fan_out if isinstance(m, LoraLayer) else is_conv1d(m) for m in layers.values()
     )
     if config.fan_in_fan_out and not transposed:
         warnings.warn(

@@ -108,6 +108,49 @@ void run(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) 
   expect("dbias", dbias, c, isa, dropout_p);
 }
 
+// The update on a base that is given, in both passes.
+void run_update(const Case& c, cpu::Isa isa, float dropout_p, std::mt19937& generator) {
+  Matrix x(c.m, c.k, c.dtype), a(c.r, c.k, c.adapter), b(c.n, c.r, c.adapter);
+  Matrix base(c.m, c.n, c.dtype), y(c.m, c.n, c.dtype), s(c.m, c.r, DType::kFloat32);
+  Matrix dy(c.m, c.n, c.dtype), dx(c.m, c.k, c.dtype), ds(c.m, c.r, DType::kFloat32);
+  for (Matrix* m : {&x, &a, &b, &base, &dy}) m->fill(generator);
+  LoraLinearForward forward;
+  LoraLinearParams& p = forward.problem;
+  p.m = c.m, p.n = c.n, p.k = c.k, p.r = c.r;
+  p.x = x.view(), p.lora_a = a.view(), p.lora_b = b.view();
+  p.scaling = 0.5;
+  p.dropout_p = dropout_p;
+  p.seed = 1234567890123456789ULL;
+  forward.base = base.view();
+  forward.s = static_cast<float*>(s.data());
+  forward.y = y.data();
+  forward.y_row_stride = c.n;
+  const ParallelFor parallel{run_threads, 3};
+  if (cpu::lora_linear_forward(forward, isa, parallel) != Status::kOk) ++failures;
+  LoraLinearBackward backward;
+  backward.problem = p;
+  backward.dy = dy.view();
+  backward.s = forward.s;
+  backward.dx = dx.data();
+  if (cpu::lora_linear_backward(backward, isa, parallel) != Status::kOk) ++failures;
+  if (dropout_p > 0) return;
+  product(
+      s, c.k, 0.5, [&](auto i, auto l) { return x.at(i, l); },
+      [&](auto l, auto j) { return a.at(j, l); });
+  y.values = base.values;
+  product(
+      y, c.r, 1.0, [&](auto i, auto l) { return s.at(i, l); },
+      [&](auto l, auto j) { return b.at(j, l); }, true);
+  product(
+      ds, c.n, 0.5, [&](auto i, auto l) { return dy.at(i, l); },
+      [&](auto l, auto j) { return b.at(l, j); });
+  product(
+      dx, c.r, 1.0, [&](auto i, auto l) { return ds.at(i, l); },
+      [&](auto l, auto j) { return a.at(l, j); });
+  expect("y on a base", y, c, isa, dropout_p);
+  expect("dx of the update", dx, c, isa, dropout_p);
+}
+
 }  // namespace
 
 int main() {
@@ -124,8 +167,10 @@ int main() {
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
         for (const DType adapter : {dtype, DType::kFloat32})
           for (const float p : {0.0F, 0.25F}) {
-            run({s[0], s[1], s[2], s[3], dtype, adapter}, isa, p, generator);
-            ++runs;
+            const Case problem{s[0], s[1], s[2], s[3], dtype, adapter};
+            run(problem, isa, p, generator);
+            run_update(problem, isa, p, generator);
+            runs += 2;
           }
   }
   std::printf("lora_shapes: %d problems, %d failures\n", runs, failures);

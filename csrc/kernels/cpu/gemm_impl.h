@@ -1,4 +1,4 @@
-// One thread's block of C = scale * (tail_mask * (s up) + A B) + bias.
+// One thread's block of C = scale * (tail_mask * (s up) + A B) + bias + addend.
 //
 // Panels of B are packed (pack_impl.h), tiles of C stay in registers over a k block
 // (microkernel_impl.h). The low-rank tail goes into the accumulators first, through the same
@@ -80,14 +80,20 @@ template <class T>
 void write_tile_as(const Epilogue& e, const float* c, int64_t ldc, const float* bias, int64_t m0,
                    int64_t rows, int64_t n0, int64_t cols) {
   T* out = static_cast<T*>(e.out) + m0 * e.row_stride + n0 * e.col_stride;
+  const T* addend = static_cast<const T*>(e.addend.data);
+  if (addend) addend += m0 * e.addend.row_stride + n0;
   const Vec scale = broadcast(e.scale);
   const int64_t full = e.col_stride == 1 ? cols / kLanes * kLanes : 0;
   for (int64_t i = 0; i < rows; ++i, c += ldc, out += e.row_stride) {
+    const auto value = [&](int64_t j) {
+      const Vec sum = load(c + j) * scale + load(bias + j);
+      return addend ? sum + load_partial(addend + i * e.addend.row_stride + j, cols - j) : sum;
+    };
     int64_t j = 0;
-    for (; j < full; j += kLanes) store(out + j, load(c + j) * scale + load(bias + j));
+    for (; j < full; j += kLanes) store(out + j, value(j));
     for (; j < cols; j += kLanes) {
       T lanes[kLanes];
-      store(lanes, load(c + j) * scale + load(bias + j));
+      store(lanes, value(j));
       const int64_t count = cols - j < kLanes ? cols - j : kLanes;
       for (int64_t l = 0; l < count; ++l) out[(j + l) * e.col_stride] = lanes[l];
     }
@@ -188,7 +194,8 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
   float bias[kPanel];
   load_bias(g.epilogue.bias, n0, cols, bias);
   // Tiles that one k block completes go from the registers to the output.
-  const bool direct = first && last && cols == vecs * kLanes && g.epilogue.col_stride == 1;
+  const bool direct = first && last && cols == vecs * kLanes && g.epilogue.col_stride == 1 &&
+                      !g.epilogue.addend.data;
   BlockPrefetch prefetch(g.b, next.k0, next.k_size, next.n0, next.cols,
                          (task.m1 - task.m0) / kernels.full_rows + 1);
   TileArgs args{};

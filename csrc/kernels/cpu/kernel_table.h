@@ -18,19 +18,20 @@ struct MaskView {
   int64_t row_words = 0;
 };
 
-// Where and how a tile of float sums is written: scale * sum + bias, rounded once.
+// Where and how a tile of float sums is written: scale * sum + bias + addend, rounded once.
 struct Epilogue {
   float scale = 1.0F;
   MatrixView bias;  // [1, N], data may be null
   void* out = nullptr;
   DType dtype = DType::kFloat32;
   int64_t row_stride = 0, col_stride = 1;
+  MatrixView addend;  // [M, N] in dtype, col_stride 1; data may be null
 };
 
-// C[M, N] = scale * (tail_mask * (s up) + (a_mask * A) (b_mask * B)) + bias.
+// C[M, N] = scale * (tail_mask * (s up) + (a_mask * A) (b_mask * B)) + bias + addend.
 // A is [M, K] with col_stride 1, B is [K, N] with either stride 1, s is [M, R] float contiguous.
 struct Gemm {
-  int64_t m = 0, n = 0, k = 0;
+  int64_t m = 0, n = 0, k = 0;  // k = 0: the low-rank tail alone
   MatrixView a, b;
   MaskView a_mask, b_mask;
   int64_t r = 0;  // 0: no low-rank tail

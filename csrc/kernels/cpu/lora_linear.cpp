@@ -74,7 +74,8 @@ Grid choose_grid(int64_t m, int64_t n, int64_t k, int threads, const KernelTable
 // Runs down (null: s is there already), then main, whose low-rank tail reads down's output.
 bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
                   const ParallelFor& parallel) {
-  const Grid grid = choose_grid(main.m, main.n, main.k, parallel.num_threads, table);
+  const int64_t depth = main.k > 0 ? main.k : main.r;
+  const Grid grid = choose_grid(main.m, main.n, depth, parallel.num_threads, table);
   const bool fuse = grid.col_parts == 1;
   if (down && !fuse) {
     const int64_t rows =
@@ -98,6 +99,22 @@ bool run_products(const Gemm* down, const Gemm& main, const KernelTable& table,
   return for_each_task(table.scratch_bytes, parallel, grid.row_parts * grid.col_parts, task);
 }
 
+// The product whose tail is s up. Without a weight it is the tail alone: k is 0 then, and up stands
+// in for B, of which only the dtype is looked at.
+Gemm main_product(const LoraLinearParams& p, const MatrixView& rows, int64_t n, int64_t k,
+                  const MatrixView& weight, const float* s, const MatrixView& up) {
+  Gemm g;
+  g.m = p.m;
+  g.n = n;
+  g.k = weight.data ? k : 0;
+  g.a = rows;
+  g.b = weight.data ? weight : MatrixView{up.data, up.row_stride, up.col_stride, rows.dtype};
+  g.r = p.r;
+  g.s = s;
+  g.up = up;
+  return g;
+}
+
 Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskView& mask,
                   int64_t k, const MatrixView& columns, float* out) {
   Gemm g;
@@ -115,7 +132,12 @@ Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskV
 
 // ---- few rows ----------------------------------------------------------------------------------
 
+// The update alone has only R products to a sum: from three rows on, packing lora_b is cheaper than
+// adding up the lanes of each (Zen 5, N = K = 2048, R = 16).
+constexpr int64_t kDecodeUpdateRows = 2;
+
 bool use_decode(const LoraLinearParams& p) {
+  if (!p.weight.data) return p.m <= kDecodeUpdateRows;
   return p.m <= kDecodeRows && p.weight.col_stride == 1;
 }
 
@@ -129,6 +151,30 @@ bool run_decode(const Decode& d, const KernelTable& table, const ParallelFor& pa
                        });
 }
 
+// s of few rows; x is p.x or its floats.
+bool decode_down(const LoraLinearForward& args, const MatrixView& x, const Mask& mask,
+                 const KernelTable& table, const ParallelFor& parallel) {
+  const LoraLinearParams& p = args.problem;
+  if (mask.view.bits) {
+    const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
+    const auto task = [&](int64_t, char* scratch) {
+      table.gemm_block(down, 0, p.m, 0, p.r, scratch);
+    };
+    return for_each_task(table.scratch_bytes, parallel, 1, task);
+  }
+  Decode down;
+  down.m = p.m;
+  down.n = p.r;
+  down.k = p.k;
+  down.x = x;
+  down.weight = p.lora_a;
+  down.epilogue.scale = static_cast<float>(p.scaling);
+  down.epilogue.out = args.s;
+  down.epilogue.row_stride = p.r;
+  table.decode_block(down, 0, p.r);
+  return true;
+}
+
 bool decode_forward(const LoraLinearForward& args, const Mask& mask, const KernelTable& table,
                     const ParallelFor& parallel) {
   const LoraLinearParams& p = args.problem;
@@ -138,40 +184,33 @@ bool decode_forward(const LoraLinearForward& args, const Mask& mask, const Kerne
   };
   Buffer<float> x_float;
   MatrixView float_view = p.x;
-  if (!multiplies_directly(p.weight) || !multiplies_directly(p.lora_a)) {
+  const bool update_alone = !p.weight.data;
+  const bool main_is_direct = update_alone || multiplies_directly(p.weight);
+  if (!main_is_direct || !multiplies_directly(p.lora_a)) {
     x_float = allocate<float>(p.m * p.k);
     if (!x_float) return false;
     table.to_float(p.x, p.m, p.k, x_float.get(), p.k);
     float_view = {x_float.get(), p.k, 1, DType::kFloat32};
   }
-  if (mask.view.bits) {
-    const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
-    const auto task = [&](int64_t, char* scratch) {
-      table.gemm_block(down, 0, p.m, 0, p.r, scratch);
-    };
-    if (!for_each_task(table.scratch_bytes, parallel, 1, task)) return false;
-  } else {
-    Decode down;
-    down.m = p.m;
-    down.n = p.r;
-    down.k = p.k;
-    down.x = multiplies_directly(p.lora_a) ? p.x : float_view;
-    down.weight = p.lora_a;
-    down.epilogue.scale = static_cast<float>(p.scaling);
-    down.epilogue.out = args.s;
-    down.epilogue.row_stride = p.r;
-    table.decode_block(down, 0, p.r);
-  }
+  const MatrixView& down_rows = multiplies_directly(p.lora_a) ? p.x : float_view;
+  if (!decode_down(args, down_rows, mask, table, parallel)) return false;
   Decode main;
   main.m = p.m;
   main.n = p.n;
-  main.k = p.k;
-  main.r = p.r;
-  main.x = multiplies_directly(p.weight) ? p.x : float_view;
-  main.weight = p.weight;
-  main.s = args.s;
-  main.lora_b = p.lora_b;
-  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1};
+  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
+  if (update_alone) {  // s lora_b^T is the product itself
+    main.k = p.r;
+    main.x = {args.s, p.r, 1, DType::kFloat32};
+    main.weight = p.lora_b;
+    main.epilogue.addend = args.base;
+  } else {
+    main.k = p.k;
+    main.r = p.r;
+    main.x = main_is_direct ? p.x : float_view;
+    main.weight = p.weight;
+    main.s = args.s;
+    main.lora_b = p.lora_b;
+  }
   return run_decode(main, table, parallel);
 }
 
@@ -196,7 +235,7 @@ bool prepare_gradient(const LoraLinearParams& p, const KernelTable& table, const
   g.gemm.a = {g.rows.get(), p.m, 1, DType::kFloat32};
   g.gemm.b = columns;
   g.gemm.b_mask = mask;
-  g.gemm.epilogue = {1.0F, {}, out, dtype, row_stride, col_stride};
+  g.gemm.epilogue = {1.0F, {}, out, dtype, row_stride, col_stride, {}};
   g.panels = ceil_div(n, table.panel);
   return true;
 }
@@ -227,8 +266,9 @@ void zero(void* out, int64_t count, DType dtype) {
 
 bool covered(const LoraLinearParams& p, Isa isa) {
   return isa_available(isa) && p.m >= 0 && p.n >= 1 && p.k >= 1 && p.r >= 1 && p.r <= kMaxRank &&
-         p.x.dtype == p.weight.dtype && p.x.col_stride == 1 && p.lora_a.col_stride == 1 &&
-         p.lora_b.col_stride == 1 && (p.weight.col_stride == 1 || p.weight.row_stride == 1);
+         p.x.col_stride == 1 && p.lora_a.col_stride == 1 && p.lora_b.col_stride == 1 &&
+         (!p.weight.data ||
+          (p.x.dtype == p.weight.dtype && (p.weight.col_stride == 1 || p.weight.row_stride == 1)));
 }
 
 Status status_of(bool ok) { return ok ? Status::kOk : Status::kOutOfMemory; }
@@ -238,22 +278,17 @@ Status status_of(bool ok) { return ok ? Status::kOk : Status::kOutOfMemory; }
 Status lora_linear_forward(const LoraLinearForward& args, Isa isa, const ParallelFor& parallel) {
   const LoraLinearParams& p = args.problem;
   if (!covered(p, isa)) return Status::kUnsupported;
+  if (!p.weight.data && (args.base.dtype != p.x.dtype || args.base.col_stride != 1))
+    return Status::kUnsupported;
   if (p.m == 0) return Status::kOk;
   const KernelTable& table = kernel_table(isa);
   Mask mask;
   if (!make_mask(p, table, parallel, mask)) return Status::kOutOfMemory;
   if (use_decode(p)) return status_of(decode_forward(args, mask, table, parallel));
   const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
-  Gemm main;
-  main.m = p.m;
-  main.n = p.n;
-  main.k = p.k;
-  main.a = p.x;
-  main.b = p.weight.transposed();
-  main.r = p.r;
-  main.s = args.s;
-  main.up = p.lora_b.transposed();
-  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1};
+  Gemm main = main_product(p, p.x, p.n, p.k, p.weight.transposed(), args.s, p.lora_b.transposed());
+  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
+  if (!p.weight.data) main.epilogue.addend = args.base;
   return status_of(run_products(&down, main, table, parallel));
 }
 
@@ -277,17 +312,9 @@ Status lora_linear_backward(const LoraLinearBackward& args, Isa isa, const Paral
   }
   const Gemm down = down_product(p, args.dy, MaskView{}, p.n, p.lora_b, ds.get());
   if (args.dx) {
-    Gemm main;
-    main.m = p.m;
-    main.n = p.k;
-    main.k = p.n;
-    main.a = args.dy;
-    main.b = p.weight;
-    main.r = p.r;
-    main.s = ds.get();
-    main.up = p.lora_a;
+    Gemm main = main_product(p, args.dy, p.k, p.n, p.weight, ds.get(), p.lora_a);
     main.tail_mask = mask.view;
-    main.epilogue = {1.0F, {}, args.dx, p.x.dtype, p.k, 1};
+    main.epilogue = {1.0F, {}, args.dx, p.x.dtype, p.k, 1, {}};
     if (!run_products(&down, main, table, parallel)) return Status::kOutOfMemory;
   } else if (args.dlora_a) {
     if (!run_products(nullptr, down, table, parallel)) return Status::kOutOfMemory;  // ds alone

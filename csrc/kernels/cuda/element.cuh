@@ -59,25 +59,37 @@ __device__ inline uint32_t to_tf32(float v) {
   return bits;
 }
 
-// d += a b with a in 16-bit elements and b in float32, to float32's precision: a is exact in tf32, b is the sum of two tf32
-// values (22 bits of its 24). m16n8k16 as two m16n8k8: lane t of a group holds elements 2t and 2t + 1 of each half
-// of k, which stand for k = t and t + 4 of the instruction; a and b agree on that, and a sum has no order.
-// b0 holds the elements (2t, 2t+1) of the first half, b1 those of the second.
+// d += a b with a in 16-bit elements and b in float32: a is exact in tf32, b is the sum of three
+// tf32 values, smallest first. m16n8k16 as two m16n8k8: lane t of a group holds elements 2t and
+// 2t + 1 of each half of k, which stand for k = t and t + 4 of the instruction; a and b agree on
+// that, and a sum has no order. b0 holds the elements (2t, 2t + 1) of the first half, b1 those of
+// the second. The six products meet in registers of their own and are added to d once: d is
+// then rounded once per step, and to nearest, which the tensor core's own accumulation is not.
 template <class Element>
 __device__ inline void mma16_float_b(float (&d)[4], const uint32_t (&a)[4], float2 b0, float2 b1) {
   const float2 b[2] = {b0, b1};
+  float product[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float2 upper = ElementTraits<Element>::unpack(a[2 * half]);
     const float2 lower = ElementTraits<Element>::unpack(a[2 * half + 1]);
-    const uint32_t parts[4] = {__float_as_uint(upper.x), __float_as_uint(lower.x), __float_as_uint(upper.y),
-                               __float_as_uint(lower.y)};
-    const uint32_t hi0 = to_tf32(b[half].x), hi1 = to_tf32(b[half].y);
-    const uint32_t lo0 = to_tf32(b[half].x - __uint_as_float(hi0));
-    const uint32_t lo1 = to_tf32(b[half].y - __uint_as_float(hi1));
-    ptx::mma_m16n8k8_tf32(d, parts, lo0, lo1);
-    ptx::mma_m16n8k8_tf32(d, parts, hi0, hi1);
+    const uint32_t parts[4] = {__float_as_uint(upper.x), __float_as_uint(lower.x),
+                               __float_as_uint(upper.y), __float_as_uint(lower.y)};
+    uint32_t terms[3][2];
+    float left[2] = {b[half].x, b[half].y};
+#pragma unroll
+    for (int term = 0; term < 3; ++term)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        terms[term][i] = to_tf32(left[i]);
+        left[i] -= __uint_as_float(terms[term][i]);
+      }
+#pragma unroll
+    for (int term = 2; term >= 0; --term)
+      ptx::mma_m16n8k8_tf32(product, parts, terms[term][0], terms[term][1]);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += product[i];
 }
 
 }  // namespace fused_peft::cuda

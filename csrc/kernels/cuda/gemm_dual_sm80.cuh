@@ -3,9 +3,10 @@
 //   forward   y  = x W^T  +  s lora_b^T  + bias      sources (x, W), (s, lora_b)
 //   backward  dx = keep * (ds lora_a)  +  dy W       sources (ds, lora_a^T), (dy, W^T)
 //
-// One ring of cp.async stages runs over the k tiles of the first source and goes on over those of the second, so the low-rank
-// update costs ceil(R / 32) more tiles and no pass over c. Dropout masks the low-rank product alone: in the backward pass that product
-// comes first and the accumulators are masked before the other is added.
+// One ring of cp.async stages runs over the k tiles of the first source and goes on over those of
+// the second, so the low-rank update costs ceil(R / 32) more tiles and no pass over c. Dropout
+// masks the low-rank product alone: in the backward pass that product comes first and the
+// accumulators are masked before the other is added.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@
 namespace fused_peft::cuda {
 
 struct GemmSource {
-  const void* a = nullptr;   // [M, k], rows contiguous
-  const void* b = nullptr;   // [N, k] (k contiguous) or [k, N] (N contiguous)
+  const void* a = nullptr;  // [M, k], rows contiguous
+  const void* b = nullptr;  // [N, k] (k contiguous) or [k, N] (N contiguous)
   int64_t a_stride = 0, b_stride = 0;
   int32_t k = 0;
   bool a_aligned = false, b_aligned = false;  // 16-byte rows and base
@@ -27,17 +28,18 @@ struct GemmSource {
 struct GemmParams {
   int64_t m = 0, n = 0;
   GemmSource source[2];
-  Dropout dropout;           // keep * applies to the first source's product
+  Dropout dropout;  // keep * applies to the first source's product
   const void* bias = nullptr;
-  void* c = nullptr;         // [M, N]
+  void* c = nullptr;  // [M, N]
   int64_t c_stride = 0;
   bool c_aligned = false;
-  // Fused down projection (kDownRank > 0): source[1].a is not read; s = scaling x lora_a^T is formed by each CTA.
+  // Fused down projection (kDownRank > 0): source[1].a is not read; s = scaling x lora_a^T is
+  // formed by each CTA.
   const void* lora_a = nullptr;
   int64_t lora_a_stride = 0;
   bool lora_a_aligned = false;
   float scaling = 0.f;
-  float* s = nullptr;        // [M, R], written by the CTAs of the first column
+  float* s = nullptr;  // [M, R], written by the CTAs of the first column
 };
 
 template <int BLOCK_M_, int BLOCK_N_, int kStages_>
@@ -54,17 +56,18 @@ struct GemmTile {
   }
 };
 
-// Walks the k tiles of one source and fills ring slots with them. A thread fills the same chunk of every 32nd row.
+// Walks the k tiles of one source and fills ring slots with them. A thread fills the same chunk of
+// every 32nd row.
 template <class Element, class Tile, bool kBKMajor, bool kAligned>
 struct SourceLoader {
   static constexpr int kChunksA = Tile::BLOCK_M / 32, kChunksB = Tile::BLOCK_N / 32;
   static constexpr int kChunksPerRowB = kBKMajor ? 4 : Tile::BLOCK_N / kChunk;
   static constexpr int kRowsPerStepB = Tile::kThreads / kChunksPerRowB;
 
-  const Element *a, *b;      // this thread's chunk of the next tile
-  int64_t a_step, b_step;    // to its next row
-  uint32_t a_rows;           // bit i: row i exists
-  int32_t b_valid;           // k major: rows bits; else valid elements of the chunk's row
+  const Element *a, *b;    // this thread's chunk of the next tile
+  int64_t a_step, b_step;  // to its next row
+  uint32_t a_rows;         // bit i: row i exists
+  int32_t b_valid;         // k major: rows bits; else valid elements of the chunk's row
   int32_t k_left;
   bool a_aligned, b_aligned;
   int64_t b_stride;
@@ -102,14 +105,16 @@ struct SourceLoader {
     const int32_t valid = k_left - static_cast<int32_t>(threadIdx.x % 4) * kChunk;
 #pragma unroll
     for (int i = 0; i < kChunksA; ++i)
-      fill_chunk(slot_a + i * 32 * Tile::BLOCK_K * 2, a + i * a_step, (a_rows >> i & 1) ? valid : 0, kAligned || a_aligned);
+      fill_chunk(slot_a + i * 32 * Tile::BLOCK_K * 2, a + i * a_step, (a_rows >> i & 1) ? valid : 0,
+                 kAligned || a_aligned);
   }
   __device__ void fill_b(uint32_t slot_b) {
     if (kBKMajor) {
       const int32_t valid = k_left - static_cast<int32_t>(threadIdx.x % 4) * kChunk;
 #pragma unroll
       for (int i = 0; i < kChunksB; ++i)
-        fill_chunk(slot_b + i * 32 * Tile::BLOCK_K * 2, b + i * b_step, (b_valid >> i & 1) ? valid : 0, kAligned || b_aligned);
+        fill_chunk(slot_b + i * 32 * Tile::BLOCK_K * 2, b + i * b_step,
+                   (b_valid >> i & 1) ? valid : 0, kAligned || b_aligned);
     } else {
       const int32_t row = static_cast<int32_t>(threadIdx.x) / kChunksPerRowB;
 #pragma unroll
@@ -135,7 +140,8 @@ struct WarpProduct {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       a_lane[step] = a_fragment<Tile::BLOCK_K>(warp_m * Tile::kWarpM, 16 * step, lane);
-      if (kBKMajor) b_lane[step] = b_fragment<Tile::BLOCK_K>(warp_n * Tile::kWarpN, 16 * step, lane);
+      if (kBKMajor)
+        b_lane[step] = b_fragment<Tile::BLOCK_K>(warp_n * Tile::kWarpN, 16 * step, lane);
     }
     if (!kBKMajor) {
 #pragma unroll
@@ -170,8 +176,8 @@ struct WarpProduct {
   }
 };
 
-// The keep bits of the CTA's tile of c, 32 columns a word, into shared memory; made before the accumulators exist, which
-// leave no registers for Philox.
+// The keep bits of the CTA's tile of c, 32 columns a word, into shared memory; made before the
+// accumulators exist, which leave no registers for Philox.
 template <class Tile>
 __device__ void make_mask(const GemmParams& p, uint32_t* mask, int64_t m0, int64_t n0) {
   constexpr int kWordsPerRow = Tile::BLOCK_N / 32;
@@ -180,14 +186,15 @@ __device__ void make_mask(const GemmParams& p, uint32_t* mask, int64_t m0, int64
   for (int word = threadIdx.x; word < Tile::BLOCK_M * kWordsPerRow; word += Tile::kThreads) {
     const uint64_t row = static_cast<uint64_t>(m0 + word / kWordsPerRow);
     const uint64_t column = static_cast<uint64_t>(n0 + word % kWordsPerRow * 32);
-    mask[word] = keep_bits<32>(seed, p.dropout.threshold, row * static_cast<uint64_t>(p.n) + column);
+    mask[word] =
+        keep_bits<32>(seed, p.dropout.threshold, row * static_cast<uint64_t>(p.n) + column);
   }
 }
 
 // acc *= keep. row, column: of the thread's first accumulator in the tile.
 template <class Tile>
-__device__ void mask_accumulators(float (&acc)[Tile::kRowBlocks][Tile::kColumnBlocks][4], const uint32_t* mask,
-                                  int row, int column) {
+__device__ void mask_accumulators(float (&acc)[Tile::kRowBlocks][Tile::kColumnBlocks][4],
+                                  const uint32_t* mask, int row, int column) {
 #pragma unroll
   for (int i = 0; i < Tile::kRowBlocks; ++i)
 #pragma unroll
@@ -195,16 +202,19 @@ __device__ void mask_accumulators(float (&acc)[Tile::kRowBlocks][Tile::kColumnBl
 #pragma unroll
       for (int j = 0; j < Tile::kColumnBlocks; ++j) {
         const int at = column + j * 8;
-        const uint32_t keep = mask[(row + i * 16 + half * 8) * (Tile::BLOCK_N / 32) + at / 32] >> (at % 32);
+        const uint32_t keep =
+            mask[(row + i * 16 + half * 8) * (Tile::BLOCK_N / 32) + at / 32] >> (at % 32);
         if (!(keep & 1)) acc[i][j][2 * half] = 0.f;
         if (!(keep & 2)) acc[i][j][2 * half + 1] = 0.f;
       }
 }
 
-// Rounds the accumulators (+ bias), and writes them through shared memory so that stores are whole rows.
+// Rounds the accumulators (+ bias), and writes them through shared memory so that stores are whole
+// rows.
 template <class Element, class Tile>
-__device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlocks][4], const GemmParams& p,
-                           uint32_t shared, const unsigned char* shared_pointer, int64_t m0, int64_t n0, int warp_m,
+__device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlocks][4],
+                           const GemmParams& p, uint32_t shared,
+                           const unsigned char* shared_pointer, int64_t m0, int64_t n0, int warp_m,
                            int warp_n, int lane) {
   using Traits = ElementTraits<Element>;
   const int row = warp_m * Tile::kWarpM + lane / 4, column = warp_n * Tile::kWarpN + lane % 4 * 2;
@@ -221,9 +231,11 @@ __device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlo
     for (int i = 0; i < Tile::kRowBlocks; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t pair = Traits::pack(acc[i][j][2 * half] + add[0], acc[i][j][2 * half + 1] + add[1]);
+        const uint32_t pair =
+            Traits::pack(acc[i][j][2 * half] + add[0], acc[i][j][2 * half + 1] + add[1]);
         const uint32_t offset =
-            tile_offset<Tile::BLOCK_N>(row + i * 16 + half * 8, (column + j * 8) / kChunk) + lane % 4 * 4;
+            tile_offset<Tile::BLOCK_N>(row + i * 16 + half * 8, (column + j * 8) / kChunk) +
+            lane % 4 * 4;
         asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared + offset), "r"(pair) : "memory");
       }
   }
@@ -234,7 +246,8 @@ __device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlo
     const int tile_row = i / kChunksPerRow, chunk = i % kChunksPerRow;
     const int64_t m = m0 + tile_row, n = n0 + chunk * kChunk;
     if (m >= p.m || n >= p.n) continue;
-    const uint4 values = *reinterpret_cast<const uint4*>(shared_pointer + tile_offset<Tile::BLOCK_N>(tile_row, chunk));
+    const uint4 values = *reinterpret_cast<const uint4*>(
+        shared_pointer + tile_offset<Tile::BLOCK_N>(tile_row, chunk));
     auto* out = static_cast<Element*>(p.c) + m * p.c_stride + n;
     if (p.c_aligned && n + kChunk <= p.n) {
       *reinterpret_cast<uint4*>(out) = values;
@@ -246,8 +259,10 @@ __device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlo
   }
 }
 
-// CTA -> tile: columns of eight row tiles, so that the CTAs that run together share rows of a and of b in L2.
-__device__ inline void tile_of_block(int64_t tiles_m, int64_t tiles_n, int64_t* tile_m, int64_t* tile_n) {
+// CTA -> tile: columns of eight row tiles, so that the CTAs that run together share rows of a and
+// of b in L2.
+__device__ inline void tile_of_block(int64_t tiles_m, int64_t tiles_n, int64_t* tile_m,
+                                     int64_t* tile_n) {
   constexpr int64_t kGroup = 8;
   const int64_t block = blockIdx.x, group = block / (kGroup * tiles_n);
   const int64_t first = group * kGroup;
@@ -257,14 +272,16 @@ __device__ inline void tile_of_block(int64_t tiles_m, int64_t tiles_n, int64_t* 
   *tile_n = inside / rows;
 }
 
-// kAligned: every operand's rows are 16-byte aligned. kMask: GemmParams::dropout masks the first product.
+// kAligned: every operand's rows are 16-byte aligned. kMask: GemmParams::dropout masks the first
+// product.
 template <class Element, class Tile, bool kBKMajor, int kDownRank, bool kAligned, bool kMask>
 __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmParams p) {
   extern __shared__ __align__(128) unsigned char ring[];
   constexpr int kStages = Tile::kStages;
   const int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % 2, warp_n = threadIdx.x / 64;
   int64_t tile_m, tile_n;
-  tile_of_block((p.m + Tile::BLOCK_M - 1) / Tile::BLOCK_M, (p.n + Tile::BLOCK_N - 1) / Tile::BLOCK_N, &tile_m, &tile_n);
+  tile_of_block((p.m + Tile::BLOCK_M - 1) / Tile::BLOCK_M,
+                (p.n + Tile::BLOCK_N - 1) / Tile::BLOCK_N, &tile_m, &tile_n);
   const int64_t m0 = tile_m * Tile::BLOCK_M, n0 = tile_n * Tile::BLOCK_N;
 
   const uint32_t ring_a = ptx::shared_address(ring), ring_b = ring_a + kStages * Tile::kStageBytesA;
@@ -273,9 +290,11 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
   const uint32_t chunk_a = tile_offset<Tile::BLOCK_K>(thread / 4, thread % 4);
   constexpr int kChunksPerRowB = Tile::BLOCK_N / kChunk;
   const uint32_t chunk_b =
-      kBKMajor ? chunk_a : tile_offset<Tile::BLOCK_N>(thread / kChunksPerRowB, thread % kChunksPerRowB);
+      kBKMajor ? chunk_a
+               : tile_offset<Tile::BLOCK_N>(thread / kChunksPerRowB, thread % kChunksPerRowB);
 
-  // Lives only while the down projection is formed: s's accumulators, two warps share rows and split the rank.
+  // Lives only while the down projection is formed: s's accumulators, two warps share rows and
+  // split the rank.
   constexpr int kDownBlocks = kDownRank / 16;
   float down[kDownRank ? Tile::kRowBlocks : 1][kDownRank ? kDownBlocks : 1][4] = {};
 
@@ -292,8 +311,10 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
       const int64_t k = p.source[0].k - loader.k_left + thread % 4 * kChunk;
 #pragma unroll
       for (int row = thread / 4; row < kDownRank; row += 32)
-        fill_chunk(ring_down + slot * kDownRank * Tile::BLOCK_K * 2 + tile_offset<Tile::BLOCK_K>(row, thread % 4),
-                   lora_a + row * p.lora_a_stride + k, row < p.source[1].k ? valid : 0, kAligned || p.lora_a_aligned);
+        fill_chunk(ring_down + slot * kDownRank * Tile::BLOCK_K * 2 +
+                       tile_offset<Tile::BLOCK_K>(row, thread % 4),
+                   lora_a + row * p.lora_a_stride + k, row < p.source[1].k ? valid : 0,
+                   kAligned || p.lora_a_aligned);
     }
   };
   const auto fill = [&](int tile, int slot) {
@@ -326,7 +347,8 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
     fill(tile + kStages - 1, next_slot);
-    const uint32_t slot_a = ring_a + slot * Tile::kStageBytesA, slot_b = ring_b + slot * Tile::kStageBytesB;
+    const uint32_t slot_a = ring_a + slot * Tile::kStageBytesA,
+                   slot_b = ring_b + slot * Tile::kStageBytesB;
     // The last tile of the low-rank source often holds one step of data only.
     const int left = tile < tiles_first ? p.source[0].k - tile * Tile::BLOCK_K
                                         : p.source[1].k - (tile - tiles_first) * Tile::BLOCK_K;
@@ -344,13 +366,15 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
             // 8 columns of the rank at a time, so both halves of b are of the same columns.
             const int column = (warp_n * kDownBlocks + j) * 8;
             uint32_t b[2];
-            ptx::ldmatrix_x2(b, slot_down + tile_offset<Tile::BLOCK_K>(column + (lane & 7), 2 * step + ((lane >> 3) & 1)));
+            ptx::ldmatrix_x2(b, slot_down + tile_offset<Tile::BLOCK_K>(
+                                                column + (lane & 7), 2 * step + ((lane >> 3) & 1)));
             mma16<Element>(down[i][j], a, b[0], b[1]);
           }
         }
     }
     if (kMask && tile + 1 == tiles_first)
-      mask_accumulators<Tile>(product.acc, mask, warp_m * Tile::kWarpM + lane / 4, warp_n * Tile::kWarpN + lane % 4 * 2);
+      mask_accumulators<Tile>(product.acc, mask, warp_m * Tile::kWarpM + lane / 4,
+                              warp_n * Tile::kWarpN + lane % 4 * 2);
     slot = slot + 1 == kStages ? 0 : slot + 1;
     next_slot = next_slot + 1 == kStages ? 0 : next_slot + 1;
   }
@@ -367,11 +391,15 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
       for (int j = 0; j < kDownBlocks; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = warp_row + i * 16 + half * 8, r = (warp_n * kDownBlocks + j) * 8 + lane % 4 * 2;
-          const float s0 = down[i][j][2 * half] * p.scaling, s1 = down[i][j][2 * half + 1] * p.scaling;
+          const int row = warp_row + i * 16 + half * 8,
+                    r = (warp_n * kDownBlocks + j) * 8 + lane % 4 * 2;
+          const float s0 = down[i][j][2 * half] * p.scaling,
+                      s1 = down[i][j][2 * half + 1] * p.scaling;
           const uint32_t target = ring_a + r / 32 * Tile::kStageBytesA +
                                   tile_offset<Tile::BLOCK_K>(row, r % 32 / kChunk) + lane % 4 * 4;
-          asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target), "r"(ElementTraits<Element>::pack(s0, s1)) : "memory");
+          asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target),
+                       "r"(ElementTraits<Element>::pack(s0, s1))
+                       : "memory");
           if (tile_n == 0 && m0 + row < p.m) {
             if (r < rank) p.s[(m0 + row) * rank + r] = s0;
             if (r + 1 < rank) p.s[(m0 + row) * rank + r + 1] = s1;
@@ -389,7 +417,8 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_dual_kernel(const GemmPar
     __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < kDownTiles; ++tile)
-      product.accumulate(ring_a + tile * Tile::kStageBytesA, ring_b + tile * Tile::kStageBytesB, kDownRank == 16 ? 1 : 2);
+      product.accumulate(ring_a + tile * Tile::kStageBytesA, ring_b + tile * Tile::kStageBytesB,
+                         kDownRank == 16 ? 1 : 2);
     __syncthreads();
   }
   store_tile<Element, Tile>(product.acc, p, ring_a, ring, m0, n0, warp_m, warp_n, lane);

@@ -1,4 +1,5 @@
-// The kernels that are compiled, one launcher a family, each in a file of its own so that they build in parallel.
+// The kernels that are compiled, one launcher a family, each in a file of its own so that they
+// build in parallel.
 #pragma once
 
 #include "kernels/cuda/gemm_dual_sm80.cuh"
@@ -13,29 +14,34 @@ namespace fused_peft::cuda {
 struct GemmVariant {
   GemmChoice choice;
   bool b_k_major = true, aligned = true, mask = false;
-  int down_rank = 0;             // of the fused down projection; 0: none
+  int down_rank = 0;  // of the fused down projection; 0: none
 };
 
 template <class Element>
-Status launch_gemm(const GemmVariant& variant, const GemmParams& params, const LaunchContext& context, bool dependent);
+Status launch_gemm(const GemmVariant& variant, const GemmParams& params,
+                   const LaunchContext& context, bool dependent);
 
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>
-Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas, const LaunchContext& context);
+Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
+                   const LaunchContext& context);
 
 template <class Element, class Factor>
 Status launch_decode(int rank, const LoraDecodeParams& params, const LaunchContext& context);
 
 template <class Element, class Factor>
-Status launch_dy_pass(const SkinnyChoice& choice, const DyPassParams& params, int64_t extra_ctas, const LaunchContext& context);
+Status launch_dy_pass(const SkinnyChoice& choice, const DyPassParams& params, int64_t extra_ctas,
+                      const LaunchContext& context);
 
 template <class Element, class Factor>
-Status launch_x_pass(const SkinnyChoice& choice, const XPassParams& params, int64_t extra_ctas, const LaunchContext& context);
+Status launch_x_pass(const SkinnyChoice& choice, const XPassParams& params, int64_t extra_ctas,
+                     const LaunchContext& context);
 
 template <class Element>
 Status launch_reduce(const ReduceParams& params, const LaunchContext& context);
 
 template <class Element>
-Status launch_column_sum(const void* dy, int64_t stride, int64_t m, int64_t n, void* dbias, const LaunchContext& context);
+Status launch_column_sum(const void* dy, int64_t stride, int64_t m, int64_t n, void* dbias,
+                         const LaunchContext& context);
 
 }  // namespace fused_peft::cuda

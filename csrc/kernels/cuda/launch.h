@@ -1,4 +1,5 @@
-// Launching a kernel: dynamic shared memory beyond 48 KiB, programmatic dependent launch on sm_90, the error as a Status.
+// Launching a kernel: dynamic shared memory beyond 48 KiB, programmatic dependent launch on sm_90,
+// the error as a Status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,13 +9,14 @@
 
 namespace fused_peft::cuda {
 
-// dependent: may start while the kernel before it in the stream drains (it then waits with griddepcontrol.wait).
+// dependent: may start while the kernel before it in the stream drains (it then waits with
+// griddepcontrol.wait).
 template <class... Params>
-Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, const LaunchContext& context, bool dependent,
-              const Params&... params) {
-  if (shared_bytes > 48 * 1024 &&
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
-          cudaSuccess)
+Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+              const LaunchContext& context, bool dependent, const Params&... params) {
+  if (shared_bytes > 48 * 1024 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       shared_bytes) != cudaSuccess)
     return Status::kLaunchFailed;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;

@@ -3,8 +3,8 @@
 //   over dy:  ds = scaling / (1 - p) dy lora_b,  dlora_b = dy^T s      one read of dy
 //   over x:   dlora_a = ds^T (keep x)                                  one read of x
 //
-// Both contract a 16-bit matrix, transposed by ldmatrix, with a narrow one. Sums across warps and CTAs are float32 and in a fixed
-// order: no atomics, the same bits in every run.
+// Both contract a 16-bit matrix, transposed by ldmatrix, with a narrow one. Sums across warps and
+// CTAs are float32 and in a fixed order: no atomics, the same bits in every run.
 #pragma once
 
 #include "kernels/cuda/lora_down_sm80.cuh"
@@ -14,20 +14,24 @@
 
 namespace fused_peft::cuda {
 
-constexpr int kPanel = 32;           // columns of dy or x that one warp holds at a time
+constexpr int kPanel = 32;  // columns of dy or x that one warp holds at a time
 
-// A narrow operand, [k rows][kRank columns], in shared memory: 16-bit and swizzled for ldmatrix, or float32 in padded rows.
+// A narrow operand, [k rows][kRank columns], in shared memory: 16-bit and swizzled for ldmatrix, or
+// float32 in padded rows.
 template <class Factor, int kRank>
 struct NarrowTile {
   static constexpr bool kFloat = sizeof(Factor) == 4;
-  static constexpr int kRowFloats = kRank + 4;   // 4 modulo 32: rows 2t and columns g of a fragment lie in 32 banks
+  static constexpr int kRowFloats =
+      kRank + 4;  // 4 modulo 32: rows 2t and columns g of a fragment lie in 32 banks
   static constexpr int bytes(int rows) { return kFloat ? rows * kRowFloats * 4 : rows * kRank * 2; }
 };
 
-// Fills rows [0, rows) of a narrow tile by one warp; rows beyond `valid_rows` and columns beyond r are zero.
+// Fills rows [0, rows) of a narrow tile by one warp; rows beyond `valid_rows` and columns beyond r
+// are zero.
 template <class Factor, int kRank>
-__device__ inline void fill_narrow(unsigned char* tile, const void* data, int64_t stride, int64_t first_row, int64_t valid_rows,
-                                   int r, bool aligned, int rows, int thread, int threads) {
+__device__ inline void fill_narrow(unsigned char* tile, const void* data, int64_t stride,
+                                   int64_t first_row, int64_t valid_rows, int r, bool aligned,
+                                   int rows, int thread, int threads) {
   const uint32_t shared = ptx::shared_address(tile);
   if constexpr (NarrowTile<Factor, kRank>::kFloat) {
     for (int i = thread; i < rows * (kRank / 4); i += threads) {
@@ -38,27 +42,33 @@ __device__ inline void fill_narrow(unsigned char* tile, const void* data, int64_
         *reinterpret_cast<float4*>(v) = __ldg(reinterpret_cast<const float4*>(from));
       } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] = row < valid_rows && column + e < r ? __ldg(from + e) : 0.f;
+        for (int e = 0; e < 4; ++e)
+          v[e] = row < valid_rows && column + e < r ? __ldg(from + e) : 0.f;
       }
-      *reinterpret_cast<float4*>(tile + (row * NarrowTile<Factor, kRank>::kRowFloats + column) * 4) =
-          make_float4(v[0], v[1], v[2], v[3]);
+      *reinterpret_cast<float4*>(tile + (row * NarrowTile<Factor, kRank>::kRowFloats + column) *
+                                            4) = make_float4(v[0], v[1], v[2], v[3]);
     }
   } else {
     for (int i = thread; i < rows * (kRank / kChunk); i += threads) {
       const int row = i / (kRank / kChunk), chunk = i % (kRank / kChunk);
-      const auto* from = static_cast<const Factor*>(data) + (first_row + row) * stride + chunk * kChunk;
-      fill_chunk(shared + tile_offset<kRank>(row, chunk), from, row < valid_rows ? r - chunk * kChunk : 0, aligned);
+      const auto* from =
+          static_cast<const Factor*>(data) + (first_row + row) * stride + chunk * kChunk;
+      fill_chunk(shared + tile_offset<kRank>(row, chunk), from,
+                 row < valid_rows ? r - chunk * kChunk : 0, aligned);
     }
   }
 }
 
-// acc[j] += a (16 x 16 fragment) times rows k .. k + 15, columns 8 j .. of a narrow tile, for j < 2 * pairs.
+// acc[j] += a (16 x 16 fragment) times rows k .. k + 15, columns 8 j .. of a narrow tile, for j < 2
+// * pairs.
 template <class Element, class Factor, int kRank, int kBlocks>
-__device__ inline void multiply_narrow(float (&acc)[kBlocks][4], const uint32_t (&a)[4], const unsigned char* tile, int k,
-                                       int first_column, int r, int lane) {
+__device__ inline void multiply_narrow(float (&acc)[kBlocks][4], const uint32_t (&a)[4],
+                                       const unsigned char* tile, int k, int first_column, int r,
+                                       int lane) {
   if constexpr (NarrowTile<Factor, kRank>::kFloat) {
     constexpr int kRow = NarrowTile<Factor, kRank>::kRowFloats;
-    const float* b = reinterpret_cast<const float*>(tile) + (k + lane % 4 * 2) * kRow + first_column + lane / 4;
+    const float* b =
+        reinterpret_cast<const float*>(tile) + (k + lane % 4 * 2) * kRow + first_column + lane / 4;
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
       if (first_column + j * 8 >= r) break;
@@ -71,7 +81,8 @@ __device__ inline void multiply_narrow(float (&acc)[kBlocks][4], const uint32_t 
     for (int pair = 0; pair < kBlocks / 2; ++pair) {
       if (first_column + pair * 16 >= r) break;
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, shared + b_fragment_trans<kRank>(first_column + pair * 16, k, lane));
+      ptx::ldmatrix_x4_trans(b,
+                             shared + b_fragment_trans<kRank>(first_column + pair * 16, k, lane));
       mma16<Element>(acc[2 * pair], a, b[0], b[1]);
       mma16<Element>(acc[2 * pair + 1], a, b[2], b[3]);
     }
@@ -83,31 +94,33 @@ __device__ inline void multiply_narrow(float (&acc)[kBlocks][4], const uint32_t 
 struct DyPassParams {
   int64_t m = 0, n = 0;
   int r = 0;
-  const void* dy = nullptr;          // [M, N]
+  const void* dy = nullptr;  // [M, N]
   int64_t dy_stride = 0;
   bool dy_aligned = false;
-  const void* lora_b = nullptr;      // [N, R]
+  const void* lora_b = nullptr;  // [N, R]
   int64_t lora_b_stride = 0;
   bool lora_b_aligned = false;
-  const float* s = nullptr;          // [M, R], from the forward pass; null: dlora_b is not wanted
-  float scaling = 0.f;               // 1 / (1 - p) included
-  float* ds = nullptr;               // [M, R]; null: not needed in float32
-  TermsOut terms;                    // ds as the GEMM's operand, and (segment 0) as the x pass's
+  const float* s = nullptr;  // [M, R], from the forward pass; null: dlora_b is not wanted
+  double scaling = 0.0;      // 1 / (1 - p) included
+  float* ds = nullptr;       // [M, R]; null: not needed in float32
+  TermsOut terms;            // ds as the GEMM's operand, and (segment 0) as the x pass's
   bool want_ds = true;
-  float* dlora_b_parts = nullptr;    // [CTAs, N, R], or the result itself where there is one CTA and it is float32
-  FactorCopy copy;                   // of lora_a, for the GEMM
+  float* dlora_b_parts =
+      nullptr;      // [CTAs, N, R], or the result itself where there is one CTA and it is float32
+  FactorCopy copy;  // of lora_a, for the GEMM
   int row_blocks = 0;
 };
 
 template <class Element, class Factor, int kRank, int kRowBlocks, int kWarps, int kStages>
 struct DyPass {
-  static constexpr int kRows = 16 * kRowBlocks;      // rows of dy per CTA
+  static constexpr int kRows = 16 * kRowBlocks;  // rows of dy per CTA
   static constexpr int kThreads = 32 * kWarps;
   using Narrow = NarrowTile<Factor, kRank>;
   static constexpr int kDyBytes = kRows * kPanel * 2;
   static constexpr int kStageBytes = kDyBytes + Narrow::bytes(kPanel);
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kSumBytes = kWarps * kRows * kRank * 4;    // reuses the ring
+  static constexpr int kSumRow = kRank + 8;                       // see sum_row
+  static constexpr int kSumBytes = kWarps * kRows * kSumRow * 4;  // reuses the ring
   static constexpr int kBodyBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
   static constexpr int kSharedBytes = kBodyBytes + Narrow::bytes(kRows);
 };
@@ -130,7 +143,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
   unsigned char* const s_tile = shared + Pass::kBodyBytes;
   const auto* dy = static_cast<const Element*>(p.dy);
 
-  // s in the factor's type; 16-bit elements where lora_b has them, as PEFT's order of operations rounds it too.
+  // s in the factor's type; 16-bit elements where lora_b has them, as PEFT's order of operations
+  // rounds it too.
   if (p.s) {
     for (int i = threadIdx.x; i < Pass::kRows * kRank; i += Pass::kThreads) {
       const int row = i / kRank, column = i % kRank;
@@ -138,8 +152,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
       if constexpr (sizeof(Factor) == 4)
         reinterpret_cast<float*>(s_tile)[row * Pass::Narrow::kRowFloats + column] = v;
       else
-        *reinterpret_cast<Element*>(s_tile + tile_offset<kRank>(row, column / kChunk) + column % kChunk * 2) =
-            ElementTraits<Element>::from_float(v);
+        *reinterpret_cast<Element*>(s_tile + tile_offset<kRank>(row, column / kChunk) +
+                                    column % kChunk * 2) = ElementTraits<Element>::from_float(v);
     }
   }
   __syncthreads();
@@ -158,8 +172,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
                    m0 + row < p.m ? p.n - n : 0, p.dy_aligned);
       }
       if (p.want_ds)
-        fill_narrow<Factor, kRank>(stage + Pass::kDyBytes, p.lora_b, p.lora_b_stride, n0, p.n - n0, p.r, p.lora_b_aligned,
-                                   kPanel, lane, 32);
+        fill_narrow<Factor, kRank>(stage + Pass::kDyBytes, p.lora_b, p.lora_b_stride, n0, p.n - n0,
+                                   p.r, p.lora_b_aligned, kPanel, lane, 32);
     }
     ptx::cp_async_commit();
   };
@@ -182,7 +196,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
         for (int i = 0; i < kRowBlocks; ++i) {
           uint32_t a[4];
           ptx::ldmatrix_x4(a, tile + a_fragment<kPanel>(i * 16, k, lane));
-          multiply_narrow<Element, Factor, kRank>(ds[i], a, stage + Pass::kDyBytes, k, 0, p.r, lane);
+          multiply_narrow<Element, Factor, kRank>(ds[i], a, stage + Pass::kDyBytes, k, 0, p.r,
+                                                  lane);
         }
     }
     if (p.s) {
@@ -208,7 +223,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
               if (n >= p.n || r >= p.r) continue;
               float* out = parts + n * p.r + r;
               if (p.r % 2 == 0) {
-                *reinterpret_cast<float2*>(out) = make_float2(acc[j][2 * half], acc[j][2 * half + 1]);
+                ptx::store_global_v2(out, acc[j][2 * half], acc[j][2 * half + 1]);
               } else {
                 out[0] = acc[j][2 * half];
                 if (r + 1 < p.r) out[1] = acc[j][2 * half + 1];
@@ -231,18 +246,21 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
     for (int j = 0; j < kRank / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(sums + (warp * Pass::kRows + i * 16 + lane / 4 + half * 8) * kRank + j * 8 + lane % 4 * 2) =
-            make_float2(ds[i][j][2 * half], ds[i][j][2 * half + 1]);
+        ptx::store_shared_v2(
+            ptx::shared_address(
+                sums + (warp * Pass::kRows + i * 16 + lane / 4 + half * 8) * Pass::kSumRow + j * 8 +
+                lane % 4 * 2),
+            ds[i][j][2 * half], ds[i][j][2 * half + 1]);
   __syncthreads();
   const int columns = static_cast<int>(segment_columns(p.r));
   for (int i = threadIdx.x; i < Pass::kRows * columns; i += Pass::kThreads) {
     const int row = i / columns, column = i % columns;
     const int64_t m = m0 + row;
     if (m >= p.m) continue;
-    float sum = sums[row * kRank + column];
+    float sum = sums[row * Pass::kSumRow + column];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[(w * Pass::kRows + row) * kRank + column];
-    sum *= p.scaling;
+    for (int w = 1; w < kWarps; ++w) sum += sums[(w * Pass::kRows + row) * Pass::kSumRow + column];
+    sum = scaled(sum, p.scaling);
     if (p.ds && column < p.r) p.ds[m * p.r + column] = sum;
     store_terms<Element>(p.terms, m, p.r, column, sum);
   }
@@ -252,7 +270,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
 
 // dlora_b[i] = sum over parts, in order; the last CTAs of the x pass, or a launch of its own.
 struct ReduceParams {
-  const float* parts = nullptr;      // [count, elements]; null: nothing to reduce
+  const float* parts = nullptr;  // [count, elements]; null: nothing to reduce
   int64_t count = 0, elements = 0;
   void* out = nullptr;
   bool out_float = false;
@@ -263,24 +281,26 @@ __device__ inline void reduce_parts(const ReduceParams& p, int64_t thread, int64
   for (int64_t i = thread; i < p.elements; i += threads) {
     float sum = p.parts[i];
     for (int64_t part = 1; part < p.count; ++part) sum += p.parts[part * p.elements + i];
-    if (p.out_float) static_cast<float*>(p.out)[i] = sum;
-    else static_cast<Element*>(p.out)[i] = ElementTraits<Element>::from_float(sum);
+    if (p.out_float)
+      static_cast<float*>(p.out)[i] = sum;
+    else
+      static_cast<Element*>(p.out)[i] = ElementTraits<Element>::from_float(sum);
   }
 }
 
 struct XPassParams {
   int64_t m = 0, k = 0;
   int r = 0;
-  const void* x = nullptr;           // [M, K]
+  const void* x = nullptr;  // [M, K]
   int64_t x_stride = 0;
   bool x_aligned = false;
-  const void* ds = nullptr;          // [M, R] rows of ds_stride, in the factor's type, scaled
+  const void* ds = nullptr;  // [M, R] rows of ds_stride, in the factor's type, scaled
   int64_t ds_stride = 0;
   bool ds_aligned = false;
   Dropout dropout;
-  void* dlora_a = nullptr;           // [R, K], in the factor's type
+  void* dlora_a = nullptr;  // [R, K], in the factor's type
   ReduceParams reduce;
-  int column_blocks = 0;             // CTAs beyond these reduce dlora_b
+  int column_blocks = 0;  // CTAs beyond these reduce dlora_b
 };
 
 template <class Element, class Factor, int kRank, int kWarps, int kStages>
@@ -303,8 +323,10 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
   ptx::grid_dependency_launch();
   if (static_cast<int>(blockIdx.x) >= p.column_blocks) {
     if (blockIdx.y == 0)
-      reduce_parts<Element>(p.reduce, (static_cast<int64_t>(blockIdx.x) - p.column_blocks) * Pass::kThreads + threadIdx.x,
-                            (static_cast<int64_t>(gridDim.x) - p.column_blocks) * Pass::kThreads);
+      reduce_parts<Element>(
+          p.reduce,
+          (static_cast<int64_t>(blockIdx.x) - p.column_blocks) * Pass::kThreads + threadIdx.x,
+          (static_cast<int64_t>(gridDim.x) - p.column_blocks) * Pass::kThreads);
     return;
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -329,12 +351,13 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
         fill_chunk(target + tile_offset<kPanel>(row, chunk), x + (m0 + row) * p.x_stride + k,
                    m0 + row < p.m ? p.k - k : 0, p.x_aligned);
       }
-      fill_narrow<Factor, kRank>(stage + Pass::kXBytes, ds, p.ds_stride, m0, p.m - m0, r, p.ds_aligned,
-                                 Pass::kRowsPerStep, lane, 32);
+      fill_narrow<Factor, kRank>(stage + Pass::kXBytes, ds, p.ds_stride, m0, p.m - m0, r,
+                                 p.ds_aligned, Pass::kRowsPerStep, lane, 32);
     }
     ptx::cp_async_commit();
   };
-  // Zeroes what dropout drops: each lane masks the chunks that it copied itself, which it already sees.
+  // Zeroes what dropout drops: each lane masks the chunks that it copied itself, which it already
+  // sees.
   const auto mask = [&](int64_t step, unsigned char* stage) {
 #pragma unroll 1
     for (int i = lane; i < Pass::kRowsPerStep * kChunks; i += 32) {
@@ -363,7 +386,8 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
       for (int block = 0; block < 2; ++block) {
         uint32_t a[4];
         ptx::ldmatrix_x4_trans(a, tile + a_fragment_trans<kPanel>(block * 16, m, lane));
-        multiply_narrow<Element, Factor, kRank>(acc[block], a, stage + Pass::kXBytes, m, 0, r, lane);
+        multiply_narrow<Element, Factor, kRank>(acc[block], a, stage + Pass::kXBytes, m, 0, r,
+                                                lane);
       }
     __syncwarp();
     slot = slot + 1 == kStages ? 0 : slot + 1;
@@ -380,7 +404,8 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
     for (int j = 0; j < kRank / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float* at = sums + (warp * kPanel + block * 16 + lane / 4 + half * 8) * kRow + j * 8 + lane % 4 * 2;
+        float* at =
+            sums + (warp * kPanel + block * 16 + lane / 4 + half * 8) * kRow + j * 8 + lane % 4 * 2;
         at[0] = acc[block][j][2 * half];
         at[1] = acc[block][j][2 * half + 1];
       }
@@ -392,8 +417,10 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += sums[(w * kPanel + column) * kRow + row];
     const int64_t at = (first_rank + row) * p.k + k0 + column;
-    if constexpr (sizeof(Factor) == 4) static_cast<float*>(p.dlora_a)[at] = sum;
-    else static_cast<Factor*>(p.dlora_a)[at] = ElementTraits<Factor>::from_float(sum);
+    if constexpr (sizeof(Factor) == 4)
+      static_cast<float*>(p.dlora_a)[at] = sum;
+    else
+      static_cast<Factor*>(p.dlora_a)[at] = ElementTraits<Factor>::from_float(sum);
   }
 }
 
@@ -402,18 +429,21 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
 template <class Element>
 __global__ void __launch_bounds__(256) reduce_parts_kernel(const ReduceParams p) {
   ptx::grid_dependency_wait();
-  reduce_parts<Element>(p, static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, static_cast<int64_t>(gridDim.x) * 256);
+  reduce_parts<Element>(p, static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x,
+                        static_cast<int64_t>(gridDim.x) * 256);
 }
 
 // dbias[n] = sum over m of dy[m][n]. A CTA takes 32 columns; eight rows of threads split m.
 template <class Element>
-__global__ void __launch_bounds__(256) column_sum_kernel(const Element* dy, int64_t stride, int64_t m, int64_t n, Element* dbias) {
+__global__ void __launch_bounds__(256)
+    column_sum_kernel(const Element* dy, int64_t stride, int64_t m, int64_t n, Element* dbias) {
   __shared__ float sums[8][33];
   const int column = threadIdx.x % 32, part = threadIdx.x / 32;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * 32 + column;
   float sum = 0.f;
   if (at < n)
-    for (int64_t row = part; row < m; row += 8) sum += ElementTraits<Element>::to_float(dy[row * stride + at]);
+    for (int64_t row = part; row < m; row += 8)
+      sum += ElementTraits<Element>::to_float(dy[row * stride + at]);
   sums[part][column] = sum;
   __syncthreads();
   if (part == 0 && at < n) {

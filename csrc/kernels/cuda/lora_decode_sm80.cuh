@@ -1,7 +1,9 @@
-// The whole layer for at most 16 tokens in one launch: W is read once, and is nearly all there is to read.
+// The whole layer for at most 16 tokens in one launch: W is read once, and is nearly all there is
+// to read.
 //
-// Each CTA takes kDecodeColumns rows of W and all of lora_a, its warps split k. Reading lora_a again in each CTA comes
-// from L2 and costs R / kDecodeColumns of W's traffic there; a second launch would cost more than the layer.
+// Each CTA takes kDecodeColumns rows of W and all of lora_a, its warps split k. Reading lora_a
+// again in each CTA comes from L2 and costs R / kDecodeColumns of W's traffic there; a second
+// launch would cost more than the layer.
 #pragma once
 
 #include "kernels/cuda/skinny_sm80.cuh"
@@ -13,19 +15,19 @@ constexpr int kDecodeColumns = 32;
 struct LoraDecodeParams {
   int64_t k = 0, n = 0;
   SkinnyRows x, weight, lora_a;
-  const void* lora_b = nullptr;      // [N, R], rows contiguous
+  const void* lora_b = nullptr;  // [N, R], rows contiguous
   int64_t lora_b_stride = 0;
-  float scaling = 0.f;
+  double scaling = 0.0;
   const void* bias = nullptr;
-  float* s = nullptr;                // [M, R]
-  void* y = nullptr;                 // [M, N]
+  float* s = nullptr;  // [M, R]
+  void* y = nullptr;   // [M, N]
   int64_t y_stride = 0;
 };
 
 template <class Element, class Factor, int kRank>
 __global__ void __launch_bounds__(kSkinnyThreads, 2) lora_decode_kernel(const LoraDecodeParams p) {
   using Traits = ElementTraits<Element>;
-  __shared__ float sums[kSkinnyWarps * kSkinnyRows * 64];
+  __shared__ float sums[kSkinnyWarps * kSkinnyRows * sum_row(64)];
   __shared__ float s[kSkinnyRows][kRank + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * kDecodeColumns;
@@ -40,16 +42,18 @@ __global__ void __launch_bounds__(kSkinnyThreads, 2) lora_decode_kernel(const Lo
   }
   const int r = static_cast<int>(p.lora_a.rows);
   add_warps(s_acc, sums, r, [&](int row, int column, float sum) {
-    s[row][column] = sum * p.scaling;
-    if (blockIdx.x == 0 && row < p.x.rows) p.s[row * r + column] = sum * p.scaling;
+    s[row][column] = scaled(sum, p.scaling);
+    if (blockIdx.x == 0 && row < p.x.rows) p.s[row * r + column] = s[row][column];
   });
   add_warps(y_acc, sums, kDecodeColumns, [&](int row, int column, float sum) {
     const int64_t n = n0 + column;
     if (row >= p.x.rows || n >= p.n) return;
     const auto* factor = static_cast<const Factor*>(p.lora_b) + n * p.lora_b_stride;
     for (int i = 0; i < r; ++i) {
-      if constexpr (sizeof(Factor) == 2) sum += s[row][i] * Traits::to_float(factor[i]);
-      else sum += s[row][i] * factor[i];
+      if constexpr (sizeof(Factor) == 2)
+        sum += s[row][i] * Traits::to_float(factor[i]);
+      else
+        sum += s[row][i] * factor[i];
     }
     if (p.bias) sum += Traits::to_float(static_cast<const Element*>(p.bias)[n]);
     static_cast<Element*>(p.y)[row * p.y_stride + n] = Traits::from_float(sum);

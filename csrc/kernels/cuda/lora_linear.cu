@@ -1,4 +1,5 @@
-// The LoRA layer on the GPU: which kernels, in what order, on which operands. See lora_linear_config.h for the choice.
+// The LoRA layer on the GPU: which kernels, in what order, on which operands. See
+// lora_linear_config.h for the choice.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,7 +9,8 @@ namespace fused_peft::cuda {
 namespace {
 
 bool aligned16(const void* data, int64_t row_stride, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kChunk == 0 && columns % kChunk == 0;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % kChunk == 0 &&
+         columns % kChunk == 0;
 }
 bool aligned16_float(const void* data, int64_t row_stride, int64_t columns) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride % 4 == 0 && columns % 4 == 0;
@@ -42,19 +44,22 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// The factor that is the second source's b, [outer, R] by its strides: used in place where its rows suit the GEMM, else a copy.
+// The factor that is the second source's b, [outer, R] by its strides: used in place where its rows
+// suit the GEMM, else a copy.
 struct FactorOperand {
   FactorCopy copy;
   GemmSource source;  // b, b_stride, b_aligned, k
 };
 
-FactorOperand factor_operand(const LoraLinearParams& p, const MatrixView& factor, int64_t outer, bool reduced_is_row,
-                             bool k_major, Workspace* workspace) {
+FactorOperand factor_operand(const LoraLinearParams& p, const MatrixView& factor, int64_t outer,
+                             bool reduced_is_row, bool k_major, Workspace* workspace) {
   FactorOperand operand;
   const int64_t outer_stride = reduced_is_row ? factor.col_stride : factor.row_stride;
   const int64_t reduced_stride = reduced_is_row ? factor.row_stride : factor.col_stride;
-  const bool in_place = !factor_float(p) && (k_major ? reduced_stride == 1 && aligned16(factor.data, outer_stride, p.r)
-                                                     : outer_stride == 1 && aligned16(factor.data, reduced_stride, outer));
+  const bool in_place =
+      !factor_float(p) &&
+      (k_major ? reduced_stride == 1 && aligned16(factor.data, outer_stride, p.r)
+               : outer_stride == 1 && aligned16(factor.data, reduced_stride, outer));
   if (in_place) {
     operand.source.b = factor.data;
     operand.source.b_stride = k_major ? outer_stride : reduced_stride;
@@ -82,14 +87,16 @@ FactorOperand factor_operand(const LoraLinearParams& p, const MatrixView& factor
 
 int64_t copy_ctas(const FactorCopy& copy, int threads) {
   if (!copy.source) return 0;
-  const int64_t elements = (copy.k_major ? copy.outer * copy.target_stride
-                                         : copy.target_stride * segment_columns(copy.reduced) * copy.segments);
+  const int64_t elements =
+      (copy.k_major ? copy.outer * copy.target_stride
+                    : copy.target_stride * segment_columns(copy.reduced) * copy.segments);
   return ceil_div(elements, threads * 8);
 }
 
 SkinnyRows rows_of(const MatrixView& view, int64_t rows, int64_t columns) {
-  const bool aligned = view.dtype == DType::kFloat32 ? aligned16_float(view.data, view.row_stride, columns)
-                                                     : aligned16(view.data, view.row_stride, columns);
+  const bool aligned = view.dtype == DType::kFloat32
+                           ? aligned16_float(view.data, view.row_stride, columns)
+                           : aligned16(view.data, view.row_stride, columns);
   return {view.data, view.row_stride, rows, aligned};
 }
 
@@ -99,7 +106,7 @@ Dropout dropout_of(const LoraLinearParams& p, const LaunchContext& context) {
   return {context.seed, threshold >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(threshold)};
 }
 
-float scaling_of(const LoraLinearParams& p) { return static_cast<float>(p.scaling / (1.0 - p.dropout_p)); }
+double scaling_of(const LoraLinearParams& p) { return p.scaling / (1.0 - p.dropout_p); }
 
 // Everything a forward pass launches; `workspace` without a base only measures.
 struct ForwardJob {
@@ -107,7 +114,8 @@ struct ForwardJob {
   FactorOperand factor;
 };
 
-ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan, Workspace* workspace) {
+ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan,
+                        Workspace* workspace) {
   ForwardJob job;
   if (plan.forward != ForwardPath::kTwoLaunches) return job;
   job.terms.stride = term_columns(p);
@@ -118,7 +126,8 @@ ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan, W
 }
 
 template <class Element, class Factor>
-Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan, const LaunchContext& context) {
+Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan,
+              const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   LoraDecodeParams params;
   params.k = p.k;
@@ -128,7 +137,7 @@ Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan, const L
   params.lora_a = rows_of(p.lora_a, p.r, p.k);
   params.lora_b = p.lora_b.data;
   params.lora_b_stride = p.lora_b.row_stride;
-  params.scaling = static_cast<float>(p.scaling);
+  params.scaling = p.scaling;
   params.bias = p.bias.data;
   params.s = args.s;
   params.y = args.y;
@@ -137,7 +146,8 @@ Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan, const L
 }
 
 template <class Element, class Factor>
-Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan, const LaunchContext& context) {
+Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
+               const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   if (plan.forward == ForwardPath::kDecode) return decode<Element, Factor>(args, plan, context);
 
@@ -189,8 +199,8 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan, const 
   down.terms = job.terms;
   down.copy = job.factor.copy;
   down.row_blocks = static_cast<int>(plan.down.ctas);
-  const Status status =
-      launch_down<Element, Factor>(plan.down.rank, down, copy_ctas(down.copy, kSkinnyThreads), context);
+  const Status status = launch_down<Element, Factor>(plan.down.rank, down,
+                                                     copy_ctas(down.copy, kSkinnyThreads), context);
   if (status != Status::kOk) return status;
   gemm.source[1] = job.factor.source;
   gemm.source[1].a = job.terms.data;
@@ -204,11 +214,12 @@ struct BackwardJob {
   TermsOut terms;
   float* ds = nullptr;
   float* parts = nullptr;
-  bool direct = false;      // the dy pass writes dlora_b itself
+  bool direct = false;  // the dy pass writes dlora_b itself
   FactorOperand factor;
 };
 
-BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& plan, Workspace* workspace) {
+BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& plan,
+                          Workspace* workspace) {
   const LoraLinearParams& p = args.problem;
   BackwardJob job;
   job.want_ds = args.dx || args.dlora_a;
@@ -216,19 +227,22 @@ BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& 
     job.terms.stride = term_columns(p);
     job.terms.segments = segments_of(p);
     job.terms.data = workspace->take(p.m * job.terms.stride * 2);
-    if (args.dlora_a && factor_float(p)) job.ds = static_cast<float*>(workspace->take(p.m * p.r * 4));
+    if (args.dlora_a && factor_float(p))
+      job.ds = static_cast<float*>(workspace->take(p.m * p.r * 4));
   }
   if (args.dlora_b) {
     job.direct = plan.dy_pass.ctas == 1 && factor_float(p);
-    job.parts = job.direct ? static_cast<float*>(args.dlora_b)
-                           : static_cast<float*>(workspace->take(plan.dy_pass.ctas * p.n * p.r * 4));
+    job.parts = job.direct
+                    ? static_cast<float*>(args.dlora_b)
+                    : static_cast<float*>(workspace->take(plan.dy_pass.ctas * p.n * p.r * 4));
   }
   if (args.dx) job.factor = factor_operand(p, p.lora_a, p.k, true, !weight_k_major(p), workspace);
   return job;
 }
 
 template <class Element, class Factor>
-Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const BackwardJob& job, const LaunchContext& context) {
+Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const BackwardJob& job,
+               const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   DyPassParams params;
   params.m = p.m;
@@ -248,11 +262,13 @@ Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   params.dlora_b_parts = job.parts;
   params.copy = job.factor.copy;
   params.row_blocks = static_cast<int>(plan.dy_pass.ctas);
-  return launch_dy_pass<Element, Factor>(plan.dy_pass, params, copy_ctas(params.copy, 128), context);
+  return launch_dy_pass<Element, Factor>(plan.dy_pass, params, copy_ctas(params.copy, 128),
+                                         context);
 }
 
 template <class Element, class Factor>
-Status dlora_a_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const BackwardJob& job, const ReduceParams& reduce,
+Status dlora_a_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan,
+                    const BackwardJob& job, const ReduceParams& reduce,
                     const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   XPassParams params;
@@ -274,7 +290,8 @@ Status dlora_a_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, 
 }
 
 template <class Element>
-Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const BackwardJob& job, const LaunchContext& context) {
+Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const BackwardJob& job,
+               const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   GemmParams gemm;
   gemm.m = p.m;
@@ -305,7 +322,8 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
 }
 
 template <class Element, class Factor>
-Status backward(const LoraLinearBackward& args, const LoraLinearPlan& plan, const LaunchContext& context) {
+Status backward(const LoraLinearBackward& args, const LoraLinearPlan& plan,
+                const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   Workspace workspace(context.workspace);
   const BackwardJob job = plan_backward(args, plan, &workspace);
@@ -320,7 +338,8 @@ Status backward(const LoraLinearBackward& args, const LoraLinearPlan& plan, cons
     status = launch_reduce<Element>(reduce, context);
   if (status == Status::kOk && args.dx) status = dx_gemm<Element>(args, plan, job, context);
   if (status == Status::kOk && args.dbias)
-    status = launch_column_sum<Element>(args.dy.data, args.dy.row_stride, p.m, p.n, args.dbias, context);
+    status =
+        launch_column_sum<Element>(args.dy.data, args.dy.row_stride, p.m, p.n, args.dbias, context);
   return status;
 }
 
@@ -332,8 +351,8 @@ Status clear_gradients(const LoraLinearBackward& args, const LaunchContext& cont
   const auto clear = [&](void* data, int64_t bytes) {
     return !data || cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream) == cudaSuccess;
   };
-  const bool done = clear(args.dlora_a, p.r * p.k * factor_bytes) && clear(args.dlora_b, p.n * p.r * factor_bytes) &&
-                    clear(args.dbias, p.n * 2);
+  const bool done = clear(args.dlora_a, p.r * p.k * factor_bytes) &&
+                    clear(args.dlora_b, p.n * p.r * factor_bytes) && clear(args.dbias, p.n * 2);
   return done ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -343,18 +362,21 @@ Status dispatch(const Args& args, const LoraLinearPlan& plan, const LaunchContex
   if (p.x.dtype == DType::kBFloat16)
     return factor_float(p) ? Run<__nv_bfloat16, float>::run(args, plan, context)
                            : Run<__nv_bfloat16, __nv_bfloat16>::run(args, plan, context);
-  return factor_float(p) ? Run<__half, float>::run(args, plan, context) : Run<__half, __half>::run(args, plan, context);
+  return factor_float(p) ? Run<__half, float>::run(args, plan, context)
+                         : Run<__half, __half>::run(args, plan, context);
 }
 
 template <class Element, class Factor>
 struct RunForward {
-  static Status run(const LoraLinearForward& args, const LoraLinearPlan& plan, const LaunchContext& context) {
+  static Status run(const LoraLinearForward& args, const LoraLinearPlan& plan,
+                    const LaunchContext& context) {
     return forward<Element, Factor>(args, plan, context);
   }
 };
 template <class Element, class Factor>
 struct RunBackward {
-  static Status run(const LoraLinearBackward& args, const LoraLinearPlan& plan, const LaunchContext& context) {
+  static Status run(const LoraLinearBackward& args, const LoraLinearPlan& plan,
+                    const LaunchContext& context) {
     return backward<Element, Factor>(args, plan, context);
   }
 };
@@ -371,7 +393,8 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
   shape.dropout = p.dropout_p > 0.0;
   shape.weight_k_major = weight_k_major(p);
   shape.aligned = aligned16(p.x.data, p.x.row_stride, p.k) &&
-                  aligned16(p.weight.data, weight_stride(p), weight_k_major(p) ? p.k : p.n) && p.n % kChunk == 0;
+                  aligned16(p.weight.data, weight_stride(p), weight_k_major(p) ? p.k : p.n) &&
+                  p.n % kChunk == 0;
   return shape;
 }
 

@@ -1,11 +1,13 @@
-// Which kernels and tiles a LoRA layer gets on a device: a pure function of the problem and the device, testable without either.
+// Which kernels and tiles a LoRA layer gets on a device: a pure function of the problem and the
+// device, testable without either.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_peft::cuda {
 
-// What the choice depends on; cudaDeviceProp has these. No number of SMs is written down anywhere else.
+// What the choice depends on; cudaDeviceProp has these. No number of SMs is written down anywhere
+// else.
 struct DeviceFacts {
   int32_t num_sms = 0;
   int32_t shared_per_block = 0;  // the opt-in maximum, bytes
@@ -14,10 +16,10 @@ struct DeviceFacts {
 
 struct LoraLinearShape {
   int64_t m = 0, n = 0, k = 0, r = 0;
-  bool factor_float = false;     // lora_a, lora_b are float32, not x's dtype
+  bool factor_float = false;  // lora_a, lora_b are float32, not x's dtype
   bool dropout = false;
-  bool weight_k_major = true;    // weight [N, K] with K contiguous; else N contiguous
-  bool aligned = true;           // rows of x, weight and y are 16-byte aligned and whole
+  bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
+  bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
 };
 
 enum class ForwardPath : int32_t {
@@ -27,19 +29,20 @@ enum class ForwardPath : int32_t {
 };
 
 constexpr int64_t kDecodeMaxTokens = 16;
-constexpr int64_t kFusedMaxRank = 64;  // larger ranks would double the tensor-core work of a 64-column tile
+constexpr int64_t kFusedMaxRank =
+    64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
 
 struct GemmChoice {
-  int32_t block = 0;             // BLOCK_M = BLOCK_N
+  int32_t block = 0;  // BLOCK_M = BLOCK_N
   int64_t tiles = 0;
 };
 
 struct SkinnyChoice {
-  int32_t rank = 0;              // columns of the accumulators, R rounded up to a tile that is compiled
-  int32_t row_blocks = 0;        // dy pass: 16-row blocks per CTA
+  int32_t rank = 0;        // columns of the accumulators, R rounded up to a tile that is compiled
+  int32_t row_blocks = 0;  // dy pass: 16-row blocks per CTA
   int64_t ctas = 0;
-  int32_t rank_blocks = 1;       // x pass: how often x is read
+  int32_t rank_blocks = 1;  // x pass: how often x is read
 };
 
 struct LoraLinearPlan {
@@ -55,7 +58,8 @@ constexpr int32_t rank_tile(int64_t r, int32_t largest) {
   return r <= 16 ? 16 : r <= 64 ? 64 : largest;
 }
 
-// 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is one for every SM.
+// 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is one for
+// every SM.
 constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const DeviceFacts& device) {
   const int64_t large = ceil_div(m, 128) * ceil_div(n, 128);
   if (aligned && large >= device.num_sms) return {128, large};
@@ -65,15 +69,18 @@ constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const Devic
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
   if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return ForwardPath::kTwoLaunches;
   if (p.m <= kDecodeMaxTokens) return ForwardPath::kDecode;
-  // The extra columns of a fused CTA cost R / 64 of its work. That is cheaper than a launch only while the GEMM is
-  // itself no longer than a launch: one wave of tiles with a narrow output (k and v projections).
+  // The extra columns of a fused CTA cost R / 64 of its work. That is cheaper than a launch only
+  // while the GEMM is itself no longer than a launch: one wave of tiles with a narrow output (k and
+  // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
   return ForwardPath::kTwoLaunches;
 }
 
-// Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too few CTAs to fill half the device.
-constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float, const DeviceFacts& device) {
+// Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
+// few CTAs to fill half the device.
+constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
+                                      const DeviceFacts& device) {
   const int32_t tile = rank_tile(r, 256);
   int32_t blocks = tile == 16 ? 4 : tile == 64 ? (factor_float ? 2 : 4) : 1;
   if (tile == 16 && 2 * ceil_div(m, 64) < device.num_sms) blocks = 1;

@@ -4,7 +4,8 @@
 namespace fused_peft::cuda {
 
 template <class Element, class Factor>
-Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas, const LaunchContext& context) {
+Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
+                   const LaunchContext& context) {
   const dim3 grid(unsigned(params.row_blocks + extra_ctas));
   const auto kernel = rank == 16   ? lora_down_kernel<Element, Factor, 16>
                       : rank == 64 ? lora_down_kernel<Element, Factor, 64>
@@ -15,12 +16,15 @@ Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas, c
 template <class Element, class Factor>
 Status launch_decode(int rank, const LoraDecodeParams& params, const LaunchContext& context) {
   const dim3 grid(unsigned(ceil_div(params.n, kDecodeColumns)));
-  const auto kernel = rank == 16 ? lora_decode_kernel<Element, Factor, 16> : lora_decode_kernel<Element, Factor, 64>;
+  const auto kernel = rank == 16 ? lora_decode_kernel<Element, Factor, 16>
+                                 : lora_decode_kernel<Element, Factor, 64>;
   return launch(kernel, grid, kSkinnyThreads, 0, context, false, params);
 }
 
 }  // namespace fused_peft::cuda
 
-#define FUSED_PEFT_INSTANTIATE_SKINNY(Element, Factor)                                                       \
-  template Status launch_down<Element, Factor>(int, const LoraDownParams&, int64_t, const LaunchContext&);   \
-  template Status launch_decode<Element, Factor>(int, const LoraDecodeParams&, const LaunchContext&);
+#define FUSED_PEFT_INSTANTIATE_SKINNY(Element, Factor)                              \
+  template Status launch_down<Element, Factor>(int, const LoraDownParams&, int64_t, \
+                                               const LaunchContext&);               \
+  template Status launch_decode<Element, Factor>(int, const LoraDecodeParams&,      \
+                                                 const LaunchContext&);

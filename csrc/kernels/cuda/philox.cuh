@@ -1,5 +1,6 @@
-// The dropout mask of csrc/kernels/cpu/philox_impl.h, bit for bit: Philox4x32-10 (Salmon et al., SC 2011), element e takes word e % 4 of
-// counter e / 4 under the seed as key and is kept when the word is not below the threshold.
+// The dropout mask of csrc/kernels/cpu/philox_impl.h, bit for bit: Philox4x32-10 (Salmon et al., SC
+// 2011), element e takes word e % 4 of counter e / 4 under the seed as key and is kept when the
+// word is not below the threshold.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, uint64_t
   for (int i = 0; 4 * i < Count + shift; ++i) {
     const uint4 words = philox4x32(seed, (first >> 2) + static_cast<uint64_t>(i));
     const uint32_t nibble = uint32_t{words.x >= threshold} | uint32_t{words.y >= threshold} << 1 |
-                            uint32_t{words.z >= threshold} << 2 | uint32_t{words.w >= threshold} << 3;
+                            uint32_t{words.z >= threshold} << 2 |
+                            uint32_t{words.w >= threshold} << 3;
     bits |= uint64_t{nibble} << (4 * i);
   }
   return static_cast<uint32_t>(bits >> shift);

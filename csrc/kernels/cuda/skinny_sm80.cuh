@@ -1,30 +1,34 @@
-// Products with few columns, straight from global memory to the tensor cores: s = x lora_a^T and the decode layer.
+// Products with few columns, straight from global memory to the tensor cores: s = x lora_a^T and
+// the decode layer.
 //
-// Each lane loads 16 bytes of a row, so a warp's load covers 8 rows of 64 bytes, whole sectors. The eight elements go to
-// two m16n8k16 as if they were k = 2t, 2t + 1, 2t + 8, 2t + 9 of each: both operands permute k alike, and a sum has no
-// order. No shared memory is needed until the warps, which split k, add up their sums in a fixed order.
+// Each lane loads 16 bytes of a row, so a warp's load covers 8 rows of 64 bytes, whole sectors. The
+// eight elements go to two m16n8k16 as if they were k = 2t, 2t + 1, 2t + 8, 2t + 9 of each: both
+// operands permute k alike, and a sum has no order. No shared memory is needed until the warps,
+// which split k, add up their sums in a fixed order.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/cuda/philox.cuh"
 #include "kernels/cuda/tile.cuh"
+#include "kernels/ptx/store.cuh"
 
 namespace fused_peft::cuda {
 
-constexpr int kSkinnyRows = 16;      // rows of x per CTA
+constexpr int kSkinnyRows = 16;  // rows of x per CTA
 constexpr int kSkinnyWarps = 8;
 constexpr int kSkinnyThreads = 32 * kSkinnyWarps;
-constexpr int kSkinnyStep = 32;      // k of one warp's step
+constexpr int kSkinnyStep = 32;  // k of one warp's step
 
 struct SkinnyRows {
-  const void* data = nullptr;        // [rows, k], rows contiguous
+  const void* data = nullptr;  // [rows, k], rows contiguous
   int64_t stride = 0;
   int64_t rows = 0;
   bool aligned = false;
 };
 
-// Elements 8t.. of rows g and g + 8 of the 16 rows from row0, as two A fragments: {r0.x, r1.x, r0.y, r1.y} and {.z, .z, .w, .w}.
+// Elements 8t.. of rows g and g + 8 of the 16 rows from row0, as two A fragments: {r0.x, r1.x,
+// r0.y, r1.y} and {.z, .z, .w, .w}.
 template <class Element>
 struct RowPair {
   uint4 upper, lower;
@@ -36,10 +40,13 @@ struct RowPair {
     lower = load_chunk(base + (row + 8) * x.stride, row + 8 < x.rows ? k_end - k : 0, x.aligned);
   }
   // Zeroes the elements that dropout drops; element (row, k) has index row * columns + k.
-  __device__ void mask(uint64_t seed, uint32_t threshold, int64_t row0, int64_t k, int64_t columns, int lane) {
+  __device__ void mask(uint64_t seed, uint32_t threshold, int64_t row0, int64_t k, int64_t columns,
+                       int lane) {
     const int64_t row = row0 + lane / 4;
-    upper = masked(upper, keep_bits<kChunk>(seed, threshold, static_cast<uint64_t>(row * columns + k)));
-    lower = masked(lower, keep_bits<kChunk>(seed, threshold, static_cast<uint64_t>((row + 8) * columns + k)));
+    upper =
+        masked(upper, keep_bits<kChunk>(seed, threshold, static_cast<uint64_t>(row * columns + k)));
+    lower = masked(
+        lower, keep_bits<kChunk>(seed, threshold, static_cast<uint64_t>((row + 8) * columns + k)));
   }
   __device__ static uint4 masked(uint4 v, uint32_t keep) {
     uint32_t* words = &v.x;
@@ -52,10 +59,17 @@ struct RowPair {
   }
 };
 
-// acc[j] += x's 16 rows times rows 8j .. 8j + 7 of `other`, over this warp's eight elements per lane at k.
+// The product with a factor that float would round: that one rounding would be in every element.
+__device__ inline float scaled(float sum, double scaling) {
+  return static_cast<float>(sum * scaling);
+}
+
+// acc[j] += x's 16 rows times rows 8j .. 8j + 7 of `other`, over this warp's eight elements per
+// lane at k.
 template <class Element, class Other, int kBlocks>
-__device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Element>& x, const SkinnyRows& other,
-                                     int64_t row0, int64_t k, int64_t k_end, int lane) {
+__device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Element>& x,
+                                     const SkinnyRows& other, int64_t row0, int64_t k,
+                                     int64_t k_end, int lane) {
   const uint32_t first[4] = {x.upper.x, x.lower.x, x.upper.y, x.lower.y};
   const uint32_t second[4] = {x.upper.z, x.lower.z, x.upper.w, x.lower.w};
 #pragma unroll
@@ -83,27 +97,36 @@ __device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Ele
   }
 }
 
+// Floats of a row of partial sums of so many columns: 8 modulo 32, so that the pairs which a half
+// warp stores lie in different banks.
+__host__ __device__ constexpr int sum_row(int columns) { return (columns < 64 ? columns : 64) + 8; }
+
 // Adds up the warps' accumulators in the order of the warps, 64 columns at a time through `shared`
-// (kSkinnyWarps * 16 * 64 floats), and calls use(row, column, sum) for each of the 16 x (8 kBlocks).
+// (kSkinnyWarps * 16 * sum_row(columns) floats), and calls use(row, column, sum) for each of the 16
+// x (8 kBlocks).
 template <int kBlocks, class Use>
-__device__ inline void add_warps(const float (&acc)[kBlocks][4], float* shared, int columns, Use use) {
+__device__ inline void add_warps(const float (&acc)[kBlocks][4], float* shared, int columns,
+                                 Use use) {
   constexpr int kWidth = kBlocks * 8 < 64 ? kBlocks * 8 : 64;
+  constexpr int kRow = sum_row(kBlocks * 8);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int base = 0; base < kBlocks * 8; base += kWidth) {
     if (base >= columns) break;
-    float* own = shared + warp * kSkinnyRows * kWidth;
+    float* own = shared + warp * kSkinnyRows * kRow;
 #pragma unroll
     for (int j = 0; j < kWidth / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(own + (lane / 4 + half * 8) * kWidth + j * 8 + lane % 4 * 2) =
-            make_float2(acc[base / 8 + j][2 * half], acc[base / 8 + j][2 * half + 1]);
+        ptx::store_shared_v2(
+            ptx::shared_address(own + (lane / 4 + half * 8) * kRow + j * 8 + lane % 4 * 2),
+            acc[base / 8 + j][2 * half], acc[base / 8 + j][2 * half + 1]);
     __syncthreads();
     for (int i = threadIdx.x; i < kSkinnyRows * kWidth; i += kSkinnyThreads) {
-      float sum = shared[i];
+      const int at = i / kWidth * kRow + i % kWidth;
+      float sum = shared[at];
 #pragma unroll
-      for (int w = 1; w < kSkinnyWarps; ++w) sum += shared[w * kSkinnyRows * kWidth + i];
+      for (int w = 1; w < kSkinnyWarps; ++w) sum += shared[w * kSkinnyRows * kRow + at];
       if (base + i % kWidth < columns) use(i / kWidth, base + i % kWidth, sum);
     }
     __syncthreads();

@@ -1,4 +1,5 @@
-// cp.async (sm_80), by 32-bit shared addresses: CuTe's wrappers convert a generic pointer at every call.
+// cp.async (sm_80), by 32-bit shared addresses: CuTe's wrappers convert a generic pointer at every
+// call.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 // 16 bytes past L1; zeros where the predicate is false (nothing is then read).
 __device__ inline void cp_async_16(uint32_t shared, const void* global, bool predicate) {
   const int bytes = predicate ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 

@@ -1,4 +1,5 @@
-// ldmatrix (sm_75): four (or two) 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// ldmatrix (sm_75): four (or two) 8x8 matrices of 16-bit elements; lane l gives the address of row
+// l % 8 of matrix l / 8.
 #pragma once
 
 #include <cstdint>

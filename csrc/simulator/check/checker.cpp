@@ -39,14 +39,24 @@ std::string hex(uint64_t value) {
   return text;
 }
 
+namespace {
+
+std::string file_and_line(const Program& program, uint32_t file, uint32_t line) {
+  const std::string& path = program.files[file];
+  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(line);
+}
+
+}  // namespace
+
 std::string source_of(const Program& program, uint32_t instr) {
   if (instr >= program.lines.size()) return "";
-  const SourceLine& line = program.lines[instr];
-  if (line.line == 0 || line.file >= program.files.size()) {
-    return "ptx:" + std::to_string(line.ptx_line);
+  const SourceLine& at = program.lines[instr];
+  if (at.line == 0 || at.file >= program.files.size()) return "ptx:" + std::to_string(at.ptx_line);
+  std::string text = file_and_line(program, at.file, at.line);
+  if (at.caller_line != 0 && at.caller_file < program.files.size()) {
+    text += ", inlined at " + file_and_line(program, at.caller_file, at.caller_line);
   }
-  const std::string& file = program.files[line.file];
-  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(line.line);
+  return text;
 }
 
 Checker::State::State(Launch& of)
@@ -137,6 +147,7 @@ std::byte* Checker::resolve(Warp& warp, Space space, uint64_t address, int lane)
     }
     case Space::kLocal: return warp.local + uint64_t(lane) * warp.program->local_bytes + address;
     case Space::kParam:
+      if (address < kCalleeParam) return warp.cta->launch->config.params.data() + address;
       return warp.private_memory + uint64_t(lane) * warp.program->private_bytes +
              (address - kCalleeParam);
     default: return reinterpret_cast<std::byte*>(address);

@@ -4,6 +4,7 @@
 #include <cctype>
 #include <string_view>
 
+#include "simulator/check/bits.h"
 #include "simulator/check/state.h"
 
 namespace fused_peft::sim {
@@ -35,70 +36,103 @@ const char* name_of(InstrClass kind) {
   return "other";
 }
 
+namespace {
+
+// Whether the lanes of each phase ask every bank once: then a phase is one wavefront.
+template <uint32_t kUnit>
+bool conflict_free(const uint64_t* address) {
+  constexpr uint32_t kUnits = 128 / kUnit;
+  uint32_t missing = 0;
+  for (uint32_t first = 0; first < kLanes; first += kUnits) {
+    uint32_t used = 0;
+    for (uint32_t lane = first; lane < first + kUnits; ++lane) {
+      used |= 1u << (static_cast<uint32_t>(address[lane]) / kUnit % kUnits);
+    }
+    missing |= ~used;
+  }
+  return (missing & static_cast<uint32_t>(~uint64_t{0} >> (64 - kUnits))) == 0;
+}
+
+// Wavefronts of the lanes [first, first + units) that ask for `unit` bytes each, `offset` behind their addresses.
+uint64_t phase_wavefronts(const uint64_t* address, LaneMask left, uint32_t unit, uint32_t offset) {
+  const uint32_t units = 128 / unit;
+  // Rows of 128 bytes that the banks deliver; a second one is rare.
+  uint64_t row[32];
+  uint32_t used = 0;
+  uint64_t second[kLanes];
+  uint32_t num_second = 0;
+  for (; left != 0; left &= left - 1) {
+    const uint64_t at = address[std::countr_zero(left)] + offset;
+    const auto bank = static_cast<uint32_t>(at / unit % units);
+    if ((used >> bank & 1) == 0) {
+      used |= 1u << bank;
+      row[bank] = at >> 7;
+    } else if (row[bank] != at >> 7) {
+      second[num_second++] = at / unit;
+    }
+  }
+  uint64_t most = 1;
+  std::sort(second, second + num_second);
+  num_second = static_cast<uint32_t>(std::unique(second, second + num_second) - second);
+  uint32_t per_bank[32] = {};
+  for (uint32_t i = 0; i < num_second; ++i) {
+    most = std::max<uint64_t>(most, 1 + ++per_bank[second[i] % units]);
+  }
+  return most;
+}
+
+}  // namespace
+
 // 32 banks of 4 bytes. A warp's access takes a wavefront for every distinct word that its most asked-for bank must
 // deliver; lanes that read the same word share it. Accesses of 8 bytes a lane go by half warps, of 16 by
 // quarter warps, which is their ideal.
 Wavefronts bank_wavefronts(const uint64_t* address, uint32_t bytes, LaneMask lanes) {
+  if (lanes == kFullMask) {
+    if (bytes == 16 && conflict_free<16>(address)) return {4, 4};
+    if (bytes == 8 && conflict_free<8>(address)) return {2, 2};
+    if (bytes == 4 && conflict_free<4>(address)) return {1, 1};
+  }
   const uint32_t unit = bytes <= 4 ? 4 : (bytes >= 16 ? 16 : bytes);
-  const uint32_t units = 128 / unit;  // that the banks deliver at a time: also the lanes of a phase
-  const uint32_t steps = bytes > unit ? bytes / unit : 1;
+  const uint32_t units = 128 / unit;  // lanes of a phase
   Wavefronts result;
-  for (uint32_t step = 0; step < steps; ++step) {
+  for (uint32_t offset = 0; offset < bytes; offset += unit) {
     for (uint32_t first = 0; first < kLanes; first += units) {
-      LaneMask left = lanes >> first;
-      if (units < 32) left &= (LaneMask{1} << units) - 1;
-      if (left == 0) continue;
-      // Rows of 128 bytes that each group of banks delivers; more than one is rare.
-      uint64_t row[32];
-      uint32_t used = 0;
-      uint64_t second[kLanes];
-      uint32_t num_second = 0;
-      for (; left != 0; left &= left - 1) {
-        const uint64_t at = address[first + std::countr_zero(left)] + uint64_t{step} * unit;
-        const uint32_t bank = static_cast<uint32_t>(at / unit % units);
-        if ((used >> bank & 1) == 0) {
-          used |= 1u << bank;
-          row[bank] = at >> 7;
-        } else if (row[bank] != at >> 7) {
-          second[num_second++] = at / unit;
-        }
-      }
-      uint64_t most = 1;
-      if (num_second > 0) {
-        std::sort(second, second + num_second);
-        num_second = static_cast<uint32_t>(std::unique(second, second + num_second) - second);
-        uint32_t per_bank[32] = {};
-        for (uint32_t i = 0; i < num_second; ++i) {
-          most = std::max<uint64_t>(most, 1 + ++per_bank[second[i] % units]);
-        }
-      }
-      result.done += most;
+      const LaneMask phase = lanes & static_cast<LaneMask>(ones(first, units));
+      if (phase == 0) continue;
+      result.done += phase_wavefronts(address, phase, unit, offset);
       result.ideal += 1;
     }
   }
   return result;
 }
 
-uint32_t count_sectors(const uint64_t* address, uint32_t bytes, LaneMask lanes) {
-  // Lanes mostly go upwards, so a new sector is mostly behind the last one.
-  uint64_t seen[2 * kLanes];
+uint32_t count_sectors(const Runs& runs) {
+  // Ranges mostly go upwards, so a range mostly starts behind all sectors that have been counted.
   uint32_t count = 0;
-  for (LaneMask left = lanes; left != 0; left &= left - 1) {
-    const uint64_t at = address[std::countr_zero(left)];
-    for (uint64_t sector = at / 32; sector <= (at + bytes - 1) / 32; ++sector) {
-      if (count > 0 && sector == seen[count - 1]) continue;
-      if (count > 0 && sector < seen[count - 1]) {
-        const uint64_t* at_or_behind = std::lower_bound(seen, seen + count, sector);
-        if (*at_or_behind == sector) continue;
-        const auto index = static_cast<uint32_t>(at_or_behind - seen);
-        std::copy_backward(seen + index, seen + count, seen + count + 1);
-        seen[index] = sector;
-        ++count;
-        continue;
-      }
-      seen[count++] = sector;
+  uint64_t first[kLanes], last[kLanes];  // sectors of disjoint ranges, upwards
+  int known = 0;
+  for (int i = 0; i < runs.count; ++i) {
+    uint64_t from = runs.run[i].begin / 32;
+    uint64_t to = (runs.run[i].end() - 1) / 32;
+    int at = known;
+    while (at > 0 && first[at - 1] > from) --at;
+    if (at > 0 && last[at - 1] >= from) from = first[--at];
+    // Joins all that it meets.
+    int end = at;
+    for (; end < known && first[end] <= to; ++end) to = std::max(to, last[end]);
+    const int removed = end - at;
+    if (removed == 0) {
+      std::copy_backward(first + at, first + known, first + known + 1);
+      std::copy_backward(last + at, last + known, last + known + 1);
+    } else if (removed > 1) {
+      std::copy(first + end, first + known, first + at + 1);
+      std::copy(last + end, last + known, last + at + 1);
     }
+    known += 1 - removed;
+    first[at] = from;
+    last[at] = to;
   }
+  for (int i = 0; i < known; ++i) count += static_cast<uint32_t>(last[i] - first[i] + 1);
   return count;
 }
 

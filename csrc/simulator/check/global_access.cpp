@@ -104,11 +104,46 @@ struct GlobalTouch {
     }
     if (access.kind != AccessKind::kRead) set_bits(page.stored, first, bytes);
     if (state.racecheck) {
-      for_cells<kCellBytes>(first, bytes, [&](uint64_t cell, uint32_t mask) {
-        touch_cell(page, static_cast<uint32_t>(cell), mask, begin - first);
-      });
+      if (page.cells == nullptr && access.kind == AccessKind::kRead) {
+        list_read(page, first, bytes);
+      } else {
+        if (page.cells == nullptr) make_cells(page);
+        for_cells<kCellBytes>(first, bytes, [&](uint64_t cell, uint32_t mask) {
+          touch_cell(page, static_cast<uint32_t>(cell), mask, begin - first);
+        });
+      }
     }
     if (concurrent) page.lock.unlock();
+  }
+
+  void list_read(GlobalPage& page, uint64_t first, uint64_t bytes) {
+    constexpr size_t kMostReads = 192;
+    if (!page.reads.empty()) {
+      const PageRead& last = page.reads.back();
+      if (last.who == now.who && last.clock == now.clock && last.begin == first && last.end == first + bytes) return;
+    }
+    const PageRead read{now.who, now.clock, static_cast<uint16_t>(first), static_cast<uint16_t>(first + bytes), now.what};
+    if (page.reads.size() < kMostReads) {
+      page.reads.push_back(read);
+      return;
+    }
+    const uint32_t draw = (++page.reads_seen * 0x9e3779b9u) >> 16;
+    page.reads[draw % kMostReads] = read;
+  }
+
+  // The page is about to be written: what has been read becomes stamps.
+  static void make_cells(GlobalPage& page) {
+    page.cells = std::make_unique<GlobalCell[]>(kPageBytes / kCellBytes);
+    for (const PageRead& read : page.reads) {
+      for_cells<kCellBytes>(read.begin, uint64_t{read.end} - read.begin, [&](uint64_t index, uint32_t mask) {
+        const auto cell = static_cast<uint32_t>(index);
+        const auto more = [&]() -> std::vector<Stamp>& { return page.crowded[cell]; };
+        const auto knows_nobody = [](uint32_t, uint32_t) { return false; };
+        Stamp none;
+        touch(page.cells[cell].slots, page.crowded.contains(cell), {read.who, read.clock, mask, read.what}, knows_nobody, more, &none);
+      });
+    }
+    page.reads = {};
   }
 
   void touch_cell(GlobalPage& page, uint32_t cell, uint32_t mask, uint64_t base) {
@@ -176,6 +211,7 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
   LaneMask left = aligned_lanes(warp, instr, access);
   LaneMask carried = 0;
   LaneMask initialised = kFullMask;
+  uint32_t sectors = 0;
   WarpState& me = state_of(warp);
   GlobalTouch touch{*this, warp, instr, access, me, {}, {}};
   touch.now = {me.global_who, me.clock.now, 0, instr.index << 2 | stamp_kind(access)};
@@ -189,9 +225,10 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
     }
     if (shadow == nullptr) {
       const LaneMask lane = LaneMask{1} << first;
-      if (memcheck) {
+      const bool parameter = access.kind == AccessKind::kRead && in_params(access.address[first], access.bytes);
+      if (memcheck && !parameter) {
         const LaneMask bad = lanes_where(access.address, left, [&](uint64_t address) {
-          return shadow_of(address, access.bytes) == nullptr;
+          return shadow_of(address, access.bytes) == nullptr && !in_params(address, access.bytes);
         });
         report(warp, instr, bad, FindingKind::kOutOfBounds,
                std::string(verb(access.kind)) + " " + where(access.address[first], access.bytes));
@@ -203,12 +240,11 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
       continue;
     }
     const Buffer& buffer = *shadow->buffer;
-    const LaneMask inside = lanes_where(access.address, left, [&](uint64_t address) {
-      return buffer.contains(address, access.bytes);
-    });
+    const LaneMask inside = lanes_within(access.address, left, buffer.start, buffer.start + buffer.bytes - access.bytes);
     carried |= inside;
     left &= ~inside;
     const Runs runs(access.address, access.bytes, inside);
+    sectors += count_sectors(runs);
     touch.all_init = true;
     for (int i = 0; i < runs.count; ++i) {
       const Run& run = runs.run[i];
@@ -241,14 +277,13 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
     report(warp, instr, carried & ~initialised, FindingKind::kUninitialised,
            "atomic operation on uninitialised memory");
   }
-  if (valid != nullptr) *valid = initialised & carried;
+  if (valid != nullptr) *valid = initialised | ~carried;  // one finding is enough
 
   Tally& tally = state_of(*warp.cta).tally;
   const uint64_t bytes = uint64_t{access.bytes} * std::popcount(carried);
   if (access.kind == AccessKind::kAtomic) {
     tally.global_atomic_bytes += bytes;
   } else {
-    const uint32_t sectors = count_sectors(access.address, access.bytes, carried);
     const bool load = access.kind == AccessKind::kRead;
     (load ? tally.global_load_bytes : tally.global_store_bytes) += bytes;
     (load ? tally.global_load_sectors : tally.global_store_sectors) += sectors;
@@ -256,16 +291,19 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
   return carried;
 }
 
+bool Checker::State::in_params(uint64_t address, uint32_t bytes) const {
+  const uint64_t offset = address - reinterpret_cast<uint64_t>(launch.config.params.data());
+  const uint64_t size = launch.config.params.size();
+  return offset < size && bytes <= size - offset;
+}
+
 LaneMask Checker::State::access_const(Warp& warp, const Instr& instr, const Access& access,
                                       LaneMask* valid) {
   const LaneMask lanes = aligned_lanes(warp, instr, access);
   LaneMask good = lanes;
   if (memcheck) {
-    const auto params = reinterpret_cast<uint64_t>(launch.config.params.data());
-    const uint64_t size = launch.config.params.size();
     good = lanes_where(access.address, lanes, [&](uint64_t address) {
-      if (address >= params && address - params < size) return access.bytes <= size - (address - params);
-      return shadow_of(address, access.bytes) != nullptr;
+      return in_params(address, access.bytes) || shadow_of(address, access.bytes) != nullptr;
     });
     const LaneMask bad = lanes & ~good;
     if (bad != 0) {
@@ -274,7 +312,7 @@ LaneMask Checker::State::access_const(Warp& warp, const Instr& instr, const Acce
                  where(access.address[std::countr_zero(bad)], access.bytes));
     }
   }
-  if (valid != nullptr) *valid = good;
+  if (valid != nullptr) *valid = kFullMask;
   return good;
 }
 

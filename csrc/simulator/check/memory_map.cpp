@@ -8,14 +8,23 @@
 namespace fused_peft::sim {
 
 Buffer::Buffer(uint64_t start, uint64_t bytes, bool initialised, std::string name)
-    : start(start), bytes(bytes), name(std::move(name)), bits_(initialised ? 0 : (bytes + 63) / 64) {}
+    : start(start), bytes(bytes), name(std::move(name)), bits_(initialised ? 0 : (bytes + 63) / 64), complete_(initialised) {}
 
 bool Buffer::initialised(uint64_t address, uint64_t count) const {
-  return bits_.empty() || all_bits(bits_.data(), address - start, count);
+  return all_initialised() || all_bits(bits_.data(), address - start, count);
 }
 
 void Buffer::set_initialised(uint64_t address, uint64_t count) {
-  if (!bits_.empty()) set_bits(bits_.data(), address - start, count);
+  if (all_initialised()) return;
+  if (address == start && count == bytes) {
+    complete_.store(true, std::memory_order_relaxed);
+    return;
+  }
+  // Worker threads may write neighbouring bytes.
+  for_words(address - start, count, [&](uint64_t word, uint64_t mask) {
+    std::atomic_ref<uint64_t> bits(bits_[word]);
+    if ((mask & ~bits.load(std::memory_order_relaxed)) != 0) bits.fetch_or(mask, std::memory_order_relaxed);
+  });
 }
 
 MemoryMap& MemoryMap::global() {

@@ -1,6 +1,7 @@
 // Memory that kernels may touch: the buffers that the host has registered, of the whole process.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -25,12 +26,13 @@ class Buffer {
     return address >= start && address - start <= bytes && count <= bytes - (address - start);
   }
   // No bookkeeping is needed any more: every byte has been initialised by the host.
-  bool all_initialised() const { return bits_.empty(); }
+  bool all_initialised() const { return complete_.load(std::memory_order_relaxed); }
   bool initialised(uint64_t address, uint64_t count) const;
   void set_initialised(uint64_t address, uint64_t count);
 
  private:
-  std::vector<uint64_t> bits_;  // one a byte; empty: all set
+  std::vector<uint64_t> bits_;  // one a byte; not kept while complete_
+  std::atomic<bool> complete_;
 };
 
 // Thread-safe. A launch keeps the buffers it has seen alive until its end.

@@ -5,6 +5,19 @@
 
 namespace fused_peft::sim {
 
+namespace {
+
+// Lanes whose address lies in the entry function's parameters: read only, the same for all threads.
+LaneMask entry_parameter_lanes(const Warp& warp, const Access& access) {
+  if (access.space != Space::kParam || access.kind != AccessKind::kRead) return 0;
+  const uint64_t size = warp.cta->launch->config.params.size();
+  return lanes_where(access.address, access.lanes, [&](uint64_t address) {
+    return address <= size && access.bytes <= size - address;
+  });
+}
+
+}  // namespace
+
 LaneMask Checker::State::access_private(Warp& warp, const Instr& instr, const Access& access,
                                         LaneMask stored, LaneMask* valid) {
   const bool local = access.space == Space::kLocal;
@@ -12,6 +25,11 @@ LaneMask Checker::State::access_private(Warp& warp, const Instr& instr, const Ac
   const uint64_t size = local ? warp.program->local_bytes : warp.program->private_bytes;
   WarpState& me = state_of(warp);
   std::vector<uint64_t>& init = local ? me.local_init : me.private_init;
+  const LaneMask entry = entry_parameter_lanes(warp, access);
+  if (entry == access.lanes) {
+    if (valid != nullptr) *valid = entry;
+    return aligned_lanes(warp, instr, access);
+  }
   const LaneMask lanes = aligned_lanes(warp, instr, access);
   const LaneMask inside = lanes_where(access.address, lanes, [&](uint64_t address) {
     return address >= base && address - base <= size && access.bytes <= size - (address - base);
@@ -38,7 +56,7 @@ LaneMask Checker::State::access_private(Warp& warp, const Instr& instr, const Ac
       }
     }
   }
-  if (valid != nullptr) *valid = initialised;
+  if (valid != nullptr) *valid = initialised | ~inside;
   if (local) {
     Tally& tally = state_of(*warp.cta).tally;
     const uint64_t bytes = uint64_t{access.bytes} * std::popcount(inside);

@@ -35,8 +35,10 @@ constexpr bool covers(uint32_t now, uint32_t old) {
   return (now & kWriteStamp) >= (old & kWriteStamp) && (now & kRelaxedStamp) <= (old & kRelaxedStamp);
 }
 
-// Puts the stamp where there is no free slot: into `more`, or over another.
-void crowd(Stamp* slots, int count, std::vector<Stamp>& more, const Stamp& now);
+// Puts a read over another one of the same bytes, chosen at random. False: there are not two such slots.
+bool replace_reader(Stamp* slots, int count, const Stamp& now);
+// Adds to a crowded cell's list.
+void add_stamp(std::vector<Stamp>& more, const Stamp& now);
 
 // Checks one earlier stamp. True: it races. Takes away its bytes that `now` stands for.
 template <class Knows>
@@ -91,8 +93,8 @@ inline bool touch(Stamp (&slots)[kSlots], bool has_more, const Stamp& now, const
   if (recorded) return races;
   if (free >= 0) {
     slots[free] = now;
-  } else {
-    crowd(slots, kSlots, more(), now);
+  } else if (!replace_reader(slots, kSlots, now)) {
+    add_stamp(more(), now);
   }
   return races;
 }

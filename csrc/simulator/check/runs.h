@@ -60,6 +60,15 @@ inline void for_cells(uint64_t begin, uint64_t bytes, Visit visit) {
   }
 }
 
+// Lanes whose address is in [lowest, highest].
+inline LaneMask lanes_within(const uint64_t* address, LaneMask lanes, uint64_t lowest, uint64_t highest) {
+  LaneMask inside = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    inside |= LaneMask{address[lane] >= lowest && address[lane] <= highest} << lane;
+  }
+  return inside & lanes;
+}
+
 // Bit per lane: lanes whose bytes all satisfy `good(address)`.
 template <class Good>
 inline LaneMask lanes_where(const uint64_t* address, LaneMask lanes, Good good) {

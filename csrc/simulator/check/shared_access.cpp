@@ -104,6 +104,20 @@ void clear_init(CtaState& owner, uint64_t offset, uint32_t bytes) {
 
 }  // namespace
 
+void Checker::State::report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad,
+                                          const Cta* cta) {
+  std::string text = std::string(verb(access.kind)) + " " + std::to_string(access.bytes) +
+                     " bytes at shared address " + hex(access.address[std::countr_zero(bad)]);
+  if (cta == nullptr) {
+    text += ", whose rank the cluster does not have";
+  } else if (cta->check == nullptr) {
+    text += " of a CTA that has ended";
+  } else {
+    text += ", outside the CTA's " + hex(kSharedStart) + " to " + hex(cta->shared_bytes);
+  }
+  report(warp, instr, bad, FindingKind::kOutOfBounds, text);
+}
+
 LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Access& access,
                                        LaneMask stored, LaneMask* valid, bool async) {
   LaneMask left = aligned_lanes(warp, instr, access);
@@ -111,31 +125,30 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
   LaneMask initialised = kFullMask;
   WarpState& me = state_of(warp);
   Cta& mine = *warp.cta;
+  const uint64_t* offsets = access.address;
+  uint64_t low[kLanes];
+  uint64_t ranks = 0;
+  for (int lane = 0; lane < kLanes; ++lane) ranks |= access.address[lane] >> kSharedRankShift;
+  if (ranks != 0) {
+    for (int lane = 0; lane < kLanes; ++lane) low[lane] = access.address[lane] & kOffsetMask;
+    offsets = low;
+  }
+  // Usually once: all lanes in the CTA's own memory.
   while (left != 0) {
-    const int first = std::countr_zero(left);
-    const uint64_t rank = access.address[first] >> kSharedRankShift;
-    Cta* cta = owner_of(mine, access.address[first]);
-    const uint64_t limit = cta == nullptr || cta->shared_bytes < access.bytes ? 0 : cta->shared_bytes - access.bytes;
-    uint64_t offsets[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) offsets[lane] = access.address[lane] & kOffsetMask;
+    const uint64_t rank = access.address[std::countr_zero(left)] >> kSharedRankShift;
     LaneMask group = left;
-    LaneMask inside = 0;
-    if (rank != 0 || mine.cluster->ctas.size() > 1) {
+    if (ranks != 0) {
       group = lanes_where(access.address, left,
                           [&](uint64_t address) { return address >> kSharedRankShift == rank; });
-      inside = lanes_where(offsets, group, [&](uint64_t offset) { return offset >= kSharedStart && offset <= limit; });
-    } else {
-      inside = lanes_where(access.address, group, [&](uint64_t offset) { return offset >= kSharedStart && offset <= limit; });
     }
     left &= ~group;
+    Cta* cta = rank == 0 ? &mine : owner_of(mine, rank << kSharedRankShift);
+    LaneMask inside = 0;
+    if (cta != nullptr && cta->check != nullptr && cta->shared_bytes >= access.bytes) {
+      inside = lanes_within(offsets, group, kSharedStart, cta->shared_bytes - access.bytes);
+    }
     if (inside != group) {
-      const LaneMask bad = group & ~inside;
-      const uint64_t address = access.address[std::countr_zero(bad)];
-      report(warp, instr, bad, FindingKind::kOutOfBounds,
-             std::string(verb(access.kind)) + " " + std::to_string(access.bytes) +
-                 " bytes at shared address " + hex(address) +
-                 (cta == nullptr ? ", whose rank the cluster does not have"
-                                 : ", outside the CTA's " + hex(kSharedStart) + " to " + hex(cta->shared_bytes)));
+      report_shared_bounds(warp, instr, access, group & ~inside, cta);
       if (inside == 0) continue;
     }
     carried |= inside;
@@ -162,6 +175,7 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
         clear_init(owner, offsets[std::countr_zero(tainted)], access.bytes);
       }
     }
+    if (touch.in_flight || touch.races) initialised |= inside;  // one finding is enough
     if (touch.in_flight && synccheck) {
       report(warp, instr, inside, FindingKind::kAsyncNotWaited,
              std::string(verb(access.kind)) +
@@ -171,12 +185,13 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
     if (touch.races && !touch.in_flight) {
       report_race(warp, instr, inside, access, touch.other, true, touch.race_cell);
     }
+    if (racecheck && !access.relaxed && !async) check_lanes(warp, instr, access, inside);
   }
   if (initcheck && access.kind == AccessKind::kAtomic && (carried & ~initialised) != 0) {
     report(warp, instr, carried & ~initialised, FindingKind::kUninitialised,
            "atomic operation on uninitialised shared memory");
   }
-  if (valid != nullptr) *valid = initcheck ? initialised & carried : carried;
+  if (valid != nullptr) *valid = initcheck ? initialised | ~carried : kFullMask;
 
   Tally& tally = state_of(mine).tally;
   const uint64_t bytes = uint64_t{access.bytes} * std::popcount(carried);
@@ -188,24 +203,105 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
   return carried;
 }
 
+void Checker::State::check_lanes(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes) {
+  LaneStores& stores = state_of(warp).lane_stores;
+  if (instr.kind == InstrClass::kMatrixLoad) {
+    stores.count = 0;  // .sync, and rows belong to no lane
+    return;
+  }
+  if (access.kind == AccessKind::kWrite) {
+    stores.add(instr, access, lanes);
+    return;
+  }
+  LaneMask loaded = 0;
+  const LaneStore* store = stores.find(access, lanes, &loaded);
+  if (store == nullptr) return;
+  report(warp, instr, loaded, FindingKind::kRace,
+         "reads shared memory that another lane of the warp has written, without bar.warp.sync in between: " +
+             launch.program->texts[store->instr] + " (" + source_of(*launch.program, store->instr) + ")");
+}
+
+void LaneStores::add(const Instr& instr, const Access& access, LaneMask lanes) {
+  if (lanes == 0) return;
+  if (count == entries.size()) {
+    std::copy(entries.begin() + 1, entries.end(), entries.begin());
+    --count;
+  }
+  LaneStore& entry = entries[count++];
+  entry.instr = instr.index;
+  entry.bytes = access.bytes;
+  entry.lanes = lanes;
+  std::copy(access.address, access.address + kLanes, entry.address.begin());
+  entry.lowest = ~uint64_t{0};
+  entry.highest = 0;
+  for (LaneMask left = lanes; left != 0; left &= left - 1) {
+    const uint64_t address = access.address[std::countr_zero(left)];
+    entry.lowest = std::min(entry.lowest, address);
+    entry.highest = std::max(entry.highest, address);
+  }
+}
+
+void LaneStores::synchronise(LaneMask lanes) {
+  if (lanes == kFullMask) count = 0;
+  for (uint32_t i = 0; i < count; ++i) entries[i].lanes &= ~lanes;
+}
+
+const LaneStore* LaneStores::find(const Access& access, LaneMask lanes, LaneMask* loaded) const {
+  LaneMask open = lanes;
+  for (uint32_t i = count; i-- > 0;) {
+    const LaneStore& store = entries[i];
+    for (LaneMask left = store.lanes == 0 ? 0 : open; left != 0; left &= left - 1) {
+      const int lane = std::countr_zero(left);
+      const uint64_t at = access.address[lane];
+      if (at + access.bytes <= store.lowest || at >= store.highest + store.bytes) continue;
+      // Its own store, if there is one, is in order.
+      if ((store.lanes >> lane & 1) != 0 && at >= store.address[lane] &&
+          at + access.bytes <= store.address[lane] + store.bytes) {
+        open &= ~(LaneMask{1} << lane);  // and comes behind all older ones
+        continue;
+      }
+      for (LaneMask others = store.lanes & ~(LaneMask{1} << lane); others != 0; others &= others - 1) {
+        const uint64_t written = store.address[std::countr_zero(others)];
+        if (at < written + store.bytes && written < at + access.bytes) {
+          *loaded |= LaneMask{1} << lane;
+          break;
+        }
+      }
+    }
+    if (*loaded != 0) return &store;
+  }
+  return nullptr;
+}
+
 LaneMask Checker::begin_async(Warp& warp, const Instr& instr, const Access& access) {
   return state_->access_shared(warp, instr, access, kFullMask, nullptr, true);
 }
 
 void Checker::end_async(Warp& warp, const Instr& instr, const Access& access, LaneMask initialised) {
   WarpState& me = state_of(warp);
-  for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    Cta* cta = owner_of(*warp.cta, access.address[lane]);
+  LaneMask left = access.lanes;
+  while (left != 0) {
+    const uint64_t rank = access.address[std::countr_zero(left)] >> kSharedRankShift;
+    const LaneMask group = lanes_where(access.address, left, [&](uint64_t address) {
+      return address >> kSharedRankShift == rank;
+    });
+    left &= ~group;
+    Cta* cta = owner_of(*warp.cta, rank << kSharedRankShift);
     CtaState& owner = state_of(*cta);
-    const uint64_t offset = access.address[lane] & kOffsetMask;
     SharedTouch touch{*state_, access, me, owner, cta != warp.cta, false,
                       {me.clock.self, me.clock.now, 0, instr.index << 2 | kWriteStamp}};
-    for_cells<kCellBytes>(offset, access.bytes, [&](uint64_t cell, uint32_t mask) {
-      owner.cells[cell].in_flight &= ~mask;
-      touch.touch_cell(static_cast<uint32_t>(cell), mask);
-    });
-    if ((initialised >> lane & 1) == 0) clear_init(owner, offset, access.bytes);
+    uint64_t offsets[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) offsets[lane] = access.address[lane] & kOffsetMask;
+    const Runs runs(offsets, access.bytes, group);
+    for (int i = 0; i < runs.count; ++i) {
+      for_cells<kCellBytes>(runs.run[i].begin, runs.run[i].bytes, [&](uint64_t cell, uint32_t mask) {
+        owner.cells[cell].in_flight &= ~mask;
+        touch.touch_cell(static_cast<uint32_t>(cell), mask);
+      });
+    }
+    for (LaneMask tainted = group & ~initialised; tainted != 0; tainted &= tainted - 1) {
+      clear_init(owner, offsets[std::countr_zero(tainted)], access.bytes);
+    }
   }
 }
 

@@ -12,6 +12,7 @@
 #include "simulator/check/checker.h"
 #include "simulator/check/clocks.h"
 #include "simulator/check/race.h"
+#include "simulator/check/runs.h"
 
 namespace fused_peft::sim {
 
@@ -35,11 +36,22 @@ struct GlobalCell {
   Stamp slots[4];
 };
 
+// Bytes [begin, end) of a page that a warp has read.
+struct PageRead {
+  uint32_t who = 0, clock = 0;
+  uint16_t begin = 0, end = 0;
+  uint32_t what = 0;  // as Stamp::what
+};
+
 struct GlobalPage {
   SpinLock lock;
   uint64_t loaded[kPageBytes / 64] = {};  // a bit a byte: touched by a load, by a store of the launch
   uint64_t stored[kPageBytes / 64] = {};
-  GlobalCell cells[kPageBytes / kCellBytes];
+  // Pages that are only read need no cells: their reads are listed, and become stamps with the first write. Of very
+  // many, a random part is kept.
+  std::vector<PageRead> reads;
+  uint32_t reads_seen = 0;
+  std::unique_ptr<GlobalCell[]> cells;                       // kPageBytes / kCellBytes of them
   std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
 };
 
@@ -99,13 +111,25 @@ struct CtaState {
   Tally tally;
 };
 
-// The last stores of a warp to shared memory, for data exchanged between lanes without bar.warp.sync.
+// Stores of a warp to shared memory that its lanes have not synchronised after.
 struct LaneStore {
   uint32_t instr = 0;
   uint32_t bytes = 0;
   LaneMask lanes = 0;
-  uint64_t lowest = 0, highest = 0;
-  uint64_t address[kLanes];
+  uint64_t lowest = 0, highest = 0;  // addresses of first bytes
+  std::array<uint64_t, kLanes> address;
+};
+
+// The last few of them. A load by another lane of what one of them stored is a race: since Volta lanes need not run
+// in step, and only bar.warp.sync orders them. Any .sync instruction counts here.
+struct LaneStores {
+  std::array<LaneStore, 8> entries;
+  uint32_t count = 0;
+
+  void add(const Instr& instr, const Access& access, LaneMask lanes);
+  void synchronise(LaneMask lanes);
+  // The store whose data a lane loads that did not store it; nullptr if none. *loaded becomes those lanes.
+  const LaneStore* find(const Access& access, LaneMask lanes, LaneMask* loaded) const;
 };
 
 struct WarpState {
@@ -115,7 +139,7 @@ struct WarpState {
   std::vector<uint64_t> local_init;       // a bit a byte, lane after lane
   std::vector<uint64_t> private_init;
   BufferShadow* last_buffer = nullptr;
-  std::vector<LaneStore> lane_stores;
+  LaneStores lane_stores;
 };
 
 struct Checker::State {
@@ -152,8 +176,13 @@ struct Checker::State {
                          LaneMask* valid, bool async);
   LaneMask access_private(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
                           LaneMask* valid);
+  // Whether the bytes lie in the kernel's own parameters, whose generic address cvta.param gives.
+  bool in_params(uint64_t address, uint32_t bytes) const;
   // Lanes whose address is a multiple of the access's bytes.
   LaneMask aligned_lanes(Warp& warp, const Instr& instr, const Access& access);
+  void report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad, const Cta* cta);
+  // Data exchanged between the lanes of a warp.
+  void check_lanes(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes);
   void report(const Warp& warp, const Instr& instr, LaneMask lanes, FindingKind kind,
               const std::string& detail);
   void report_race(const Warp& warp, const Instr& instr, LaneMask lanes, const Access& access,
@@ -175,7 +204,7 @@ std::string source_of(const Program& program, uint32_t instr);  // "k.cu:12", "p
 
 // Wavefronts of an access to shared memory by the usual bank model, and how few they could be.
 Wavefronts bank_wavefronts(const uint64_t* address, uint32_t bytes, LaneMask lanes);
-// Distinct 32-byte sectors of an access.
-uint32_t count_sectors(const uint64_t* address, uint32_t bytes, LaneMask lanes);
+// Distinct 32-byte sectors of the ranges.
+uint32_t count_sectors(const Runs& runs);
 
 }  // namespace fused_peft::sim

@@ -76,7 +76,7 @@ void Checker::rendezvous(std::span<Warp* const> warps) {
     if (warp->cta == &cta) ++here;
     one_cta = one_cta && warp->cta == &cta;
   }
-  for (Warp* warp : warps) state_of(*warp).lane_stores.clear();
+  for (Warp* warp : warps) state_of(*warp).lane_stores.count = 0;
   if (!state_->racecheck) return;
   uint32_t alive = 0;
   for (const Warp& warp : cta.warps) alive += warp.done() ? 0 : 1;
@@ -97,7 +97,9 @@ void Checker::rendezvous(std::span<Warp* const> warps) {
   rendezvous_some(warps);
 }
 
-void Checker::synchronised_lanes(Warp& warp, LaneMask) { state_of(warp).lane_stores.clear(); }
+void Checker::synchronised_lanes(Warp& warp, LaneMask lanes) {
+  state_of(warp).lane_stores.synchronise(lanes);
+}
 
 void Checker::fence(Warp& warp, Scope scope) {
   if (!state_->racecheck) return;

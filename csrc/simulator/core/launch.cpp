@@ -1,6 +1,5 @@
 // Runs the CTAs of a launch, on as many threads as its options say.
 #include <algorithm>
-#include <cstdio>
 #include <exception>
 #include <memory>
 #include <optional>
@@ -50,10 +49,6 @@ void run_workers(Launch& launch, LaunchQueue& queue,
     work(0);
   }
   for (const auto& worker : workers) add_counts(launch, *worker);
-  if (!launch.output.empty()) {
-    std::fwrite(launch.output.data(), 1, launch.output.size(), stdout);
-    std::fflush(stdout);
-  }
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }

@@ -5,7 +5,8 @@
 
 namespace fused_peft::sim {
 
-// Lanes of the operand that were computed from initialised data; all of them where nobody keeps count.
+// Lanes of the operand that were computed from initialised data; all of them where nobody keeps
+// count.
 inline LaneMask valid_lanes(const Warp& warp, const Operand& operand) {
   return warp.valid != nullptr && operand.reg != kNoRegister ? warp.valid[operand.reg] : kFullMask;
 }

@@ -64,6 +64,7 @@ class Warp {
   bool stuck = false;  // no split of it can run and all wait: aligned barriers make do with a part
   void* check = nullptr;  // the sanitizers' own state of this warp
   std::shared_ptr<void> async;    // cp.async and bulk groups of this warp's lanes
+  std::shared_ptr<void> wgmma;    // wgmma operations that it has issued and not waited for
 
   bool done() const { return exited == existing; }
   LaneMask alive() const { return existing & ~exited; }

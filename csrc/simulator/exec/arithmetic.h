@@ -1,12 +1,24 @@
-// add, sub, mul, ... exist for integers, floats and halves: arithmetic.cpp looks at the type and hands the instruction
-// to the file of its domain.
+// add, sub, mul, ... exist for integers, floats and halves: arithmetic.cpp looks at the type and
+// hands the instruction to the file of its domain.
 #pragma once
 
 #include "simulator/core/decoder.h"
 
 namespace fused_peft::sim {
 
-enum class Arithmetic : uint8_t { kAdd, kSub, kMul, kMad, kFma, kDiv, kRem, kAbs, kNeg, kMin, kMax };
+enum class Arithmetic : uint8_t {
+  kAdd,
+  kSub,
+  kMul,
+  kMad,
+  kFma,
+  kDiv,
+  kRem,
+  kAbs,
+  kNeg,
+  kMin,
+  kMax
+};
 
 void decode_integer_arithmetic(Decoding& d, Arithmetic op);  // integer.cpp
 void decode_float_arithmetic(Decoding& d, Arithmetic op);    // float.cpp

@@ -30,12 +30,27 @@ bool lands_early(const Warp& warp, uint64_t number) {
   return (hash >> 60 & 1) != 0;
 }
 
+template <uint32_t kBytes>
+void land_whole(Warp& warp, const AsyncCopy& copy, LaneMask lanes) {
+  for (LaneMask left = lanes; left != 0; left &= left - 1) {
+    const int lane = std::countr_zero(left);
+    std::memcpy(Checker::resolve(warp, Space::kShared, copy.to[lane], lane), copy.from[lane], kBytes);
+  }
+}
+
 void land(Warp& warp, AsyncCopy& copy, LaneMask lanes) {
-  for (LaneMask left = lanes & ~copy.landed; left != 0; left &= left - 1) {
+  LaneMask whole = lanes & ~copy.landed;
+  for (LaneMask left = copy.partial & whole; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     std::byte* to = Checker::resolve(warp, Space::kShared, copy.to[lane], lane);
     std::memcpy(to, copy.from[lane], copy.filled[lane]);
     std::memset(to + copy.filled[lane], 0, copy.bytes - copy.filled[lane]);
+  }
+  whole &= ~copy.partial;
+  switch (copy.bytes) {
+    case 4: land_whole<4>(warp, copy, whole); break;
+    case 8: land_whole<8>(warp, copy, whole); break;
+    default: land_whole<16>(warp, copy, whole); break;
   }
   copy.landed |= lanes;
 }
@@ -49,18 +64,14 @@ void complete(Warp& warp, AsyncCopy& copy, LaneMask lanes) {
   warp.cta->progressed();
 }
 
-// Completes the copies of `mask` for which done(lane, group) holds.
-template <class Done>
-void complete_where(Warp& warp, LaneMask mask, Done done) {
+// Completes the copies of `mask` whose group has a smaller number than end[lane].
+void complete_below(Warp& warp, LaneMask mask, const uint64_t* end) {
   if (warp.async == nullptr) return;
   WarpAsync& async = async_of(warp);
   for (AsyncCopy& copy : async.copies) {
-    LaneMask lanes = 0;
-    for (LaneMask left = copy.lanes & mask; left != 0; left &= left - 1) {
-      const int lane = std::countr_zero(left);
-      if (done(lane, copy.group)) lanes |= LaneMask{1} << lane;
-    }
-    complete(warp, copy, lanes);
+    LaneMask done = 0;
+    for (int lane = 0; lane < kLanes; ++lane) done |= LaneMask{copy.group < end[lane]} << lane;
+    complete(warp, copy, copy.lanes & mask & done);
   }
   while (!async.copies.empty() && async.copies.front().lanes == 0) async.copies.pop_front();
 }
@@ -74,10 +85,8 @@ LaneMask check_sources(Warp& warp, const Instr& instr, const AsyncCopy& copy, co
   while (mask != 0) {
     const uint32_t bytes = copy.filled[std::countr_zero(mask)];
     LaneMask same = 0;
-    for (LaneMask left = mask; left != 0; left &= left - 1) {
-      const int lane = std::countr_zero(left);
-      if (copy.filled[lane] == bytes) same |= LaneMask{1} << lane;
-    }
+    for (int lane = 0; lane < kLanes; ++lane) same |= LaneMask{copy.filled[lane] == bytes} << lane;
+    same &= mask;
     mask &= ~same;
     LaneMask valid = same;
     if (bytes != 0) {
@@ -90,44 +99,54 @@ LaneMask check_sources(Warp& warp, const Instr& instr, const AsyncCopy& copy, co
   return good;
 }
 
+// How many bytes of each lane come from global memory. Returns the lanes for which that is known.
+LaneMask set_filled(const Warp& warp, const Instr& instr, const CopyForm& form, AsyncCopy& copy) {
+  copy.filled.fill(static_cast<uint8_t>(form.bytes));
+  copy.partial = 0;
+  if (form.fill == kWhole) return kFullMask;
+  if (form.fill == kSourceSize) {
+    const uint32_t* size = lanes_of<uint32_t>(warp, instr.source(2));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      copy.filled[lane] = static_cast<uint8_t>(std::min(size[lane], form.bytes));
+    }
+  } else {
+    const LaneMask ignored = predicate(warp, instr.source(2));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (ignored >> lane & 1) copy.filled[lane] = 0;
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    copy.partial |= LaneMask{copy.filled[lane] < form.bytes} << lane;
+  }
+  return valid_lanes(warp, instr.source(2));
+}
+
+// Lanes of `mask` whose copies belong to a group of the same number as the first one's: mostly all.
+LaneMask lanes_of_group(const WarpAsync& async, LaneMask mask) {
+  const uint64_t group = async.committed[std::countr_zero(mask)];
+  LaneMask lanes = 0;
+  for (int lane = 0; lane < kLanes; ++lane) lanes |= LaneMask{async.committed[lane] == group} << lane;
+  return lanes & mask;
+}
+
 Step copy_async(Warp& warp, const Instr& instr, LaneMask mask) {
   const CopyForm& form = *static_cast<const CopyForm*>(instr.extra);
   Checker& checker = *warp.cta->launch->checker;
   WarpAsync& async = async_of(warp);
+  check_address(warp, instr, instr.source(0), mask);
+  check_address(warp, instr, instr.source(1), mask);
   while (mask != 0) {
-    // Lanes whose copies belong to a group of the same number: mostly all.
-    const uint64_t group = async.committed[std::countr_zero(mask)];
-    LaneMask lanes = 0;
-    for (LaneMask left = mask; left != 0; left &= left - 1) {
-      const int lane = std::countr_zero(left);
-      if (async.committed[lane] == group) lanes |= LaneMask{1} << lane;
-    }
-    mask &= ~lanes;
+    LaneMask lanes = lanes_of_group(async, mask);
     AsyncCopy& copy = async.copies.emplace_back();
     copy.instr = &instr;
     copy.bytes = form.bytes;
-    copy.group = group;
-    check_address(warp, instr, instr.source(0), lanes);
-    check_address(warp, instr, instr.source(1), lanes);
+    copy.group = async.committed[std::countr_zero(mask)];
+    mask &= ~lanes;
     lane_addresses(warp, instr.source(0), form.to_offset, copy.to.data());
     uint64_t from[kLanes];
     lane_addresses(warp, instr.source(1), instr.imm, from);
-    copy.filled.fill(static_cast<uint8_t>(form.bytes));
-    LaneMask known = valid_guard(warp, instr);
-    if (form.fill == kSourceSize) {
-      const uint32_t* size = lanes_of<uint32_t>(warp, instr.source(2));
-      for (int lane = 0; lane < kLanes; ++lane) {
-        copy.filled[lane] = static_cast<uint8_t>(std::min(size[lane], form.bytes));
-      }
-      known &= valid_lanes(warp, instr.source(2));
-    } else if (form.fill == kIgnoreSource) {
-      const LaneMask ignored = predicate(warp, instr.source(2));
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (ignored >> lane & 1) copy.filled[lane] = 0;
-      }
-      known &= valid_lanes(warp, instr.source(2));
-    }
     for (int lane = 0; lane < kLanes; ++lane) copy.from[lane] = reinterpret_cast<const std::byte*>(from[lane]);
+    const LaneMask known = set_filled(warp, instr, form, copy) & valid_guard(warp, instr);
     LaneMask initialised = 0;
     lanes = check_sources(warp, instr, copy, from, lanes, &initialised);
     const Access access{Space::kShared, AccessKind::kWrite, form.bytes, lanes, copy.to.data()};
@@ -149,7 +168,11 @@ Step commit_group(Warp& warp, const Instr&, LaneMask mask) {
 Step wait_group(Warp& warp, const Instr& instr, LaneMask mask) {
   const WarpAsync& async = async_of(warp);
   const auto pending = static_cast<uint64_t>(instr.imm);
-  complete_where(warp, mask, [&](int lane, uint64_t group) { return group + pending < async.committed[lane]; });
+  uint64_t end[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    end[lane] = async.committed[lane] - std::min(pending, async.committed[lane]);
+  }
+  complete_below(warp, mask, end);
   return Step::kNext;
 }
 
@@ -171,7 +194,7 @@ void decode_copy(Decoding& d) {
   if (bytes != 4 && bytes != 8 && bytes != 16) d.malformed("cp.async copies 4, 8 or 16 bytes");
   form.bytes = static_cast<uint32_t>(bytes);
   if (d.operands_left() > (policy ? 1 : 0)) {
-    const bool is_predicate = false;
+    const bool is_predicate = d.next_width() == 0;
     form.fill = is_predicate ? kIgnoreSource : kSourceSize;
     d.source(is_predicate ? Type::kPred : Type::kB32);
   }
@@ -202,7 +225,9 @@ constexpr Opcode kOpcodes[] = {{"cp", decode_cp}};
 }  // namespace
 
 void complete_async_copies(Warp& warp, LaneMask lanes) {
-  complete_where(warp, lanes, [](int, uint64_t) { return true; });
+  uint64_t end[kLanes];
+  std::fill(end, end + kLanes, ~uint64_t{0});
+  complete_below(warp, lanes, end);
 }
 
 const OpcodeFamily kAsyncCopyFamily{"cp.async", kOpcodes, std::size(kOpcodes)};

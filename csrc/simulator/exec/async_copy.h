@@ -14,6 +14,7 @@ struct AsyncCopy {
   const Instr* instr = nullptr;
   LaneMask lanes = 0;      // not completed yet
   LaneMask landed = 0;     // whose data is in shared memory already
+  LaneMask partial = 0;    // with zeros behind the bytes from global memory
   LaneMask initialised = 0;
   uint32_t bytes = 0;      // of one lane in shared memory
   uint64_t group = 0;      // of these lanes

@@ -1,4 +1,5 @@
-// Logic, shifts and bit fields: and or xor not cnot shl shr shf bfe bfi bfind brev popc clz fns bmsk szext.
+// Logic, shifts and bit fields: and or xor not cnot shl shr shf bfe bfi bfind brev popc clz fns
+// bmsk szext.
 #include <bit>
 #include <iterator>
 #include <type_traits>
@@ -36,8 +37,8 @@ struct LogicalNot {
 
 template <BoolOp kOp>
 Step combine_predicates(Warp& warp, const Instr& instr, LaneMask mask) {
-  const PredicateLanes result = combine(kOp, predicate_lanes(warp, instr.source(0)),
-                                        predicate_lanes(warp, instr.source(1)));
+  const PredicateLanes result =
+      combine(kOp, predicate_lanes(warp, instr.source(0)), predicate_lanes(warp, instr.source(1)));
   set_predicate(warp, instr.dest(0), mask, result.value);
   set_valid(warp, instr.dest(0), mask, result.valid);
   return Step::kNext;
@@ -100,11 +101,10 @@ void decode_shl(Decoding& d) {
   d.dest(type);
   d.source(type);
   d.source(Type::kU32);
-  d.handler(with_width(d, type,
-                       []<class T>(T) -> Handler {
-                         return elementwise<ShiftLeft<T>, T, T, uint32_t>;
-                       }),
-            InstrClass::kInteger);
+  d.handler(
+      with_width(d, type,
+                 []<class T>(T) -> Handler { return elementwise<ShiftLeft<T>, T, T, uint32_t>; }),
+      InstrClass::kInteger);
 }
 
 void decode_shr(Decoding& d) {
@@ -116,8 +116,9 @@ void decode_shr(Decoding& d) {
   d.handler(with_width(d, type,
                        [arithmetic]<class T>(T) -> Handler {
                          using Signed = std::make_signed_t<T>;
-                         return arithmetic ? elementwise<ShiftRight<Signed>, Signed, Signed, uint32_t>
-                                           : elementwise<ShiftRight<T>, T, T, uint32_t>;
+                         return arithmetic
+                                    ? elementwise<ShiftRight<Signed>, Signed, Signed, uint32_t>
+                                    : elementwise<ShiftRight<T>, T, T, uint32_t>;
                        }),
             InstrClass::kInteger);
 }
@@ -193,10 +194,18 @@ void decode_bfe(Decoding& d) {
   d.source(Type::kU32);
   Handler handler;
   switch (type) {
-    case Type::kU32: handler = elementwise<ExtractField<uint32_t>, uint32_t, uint32_t, uint32_t, uint32_t>; break;
-    case Type::kS32: handler = elementwise<ExtractField<int32_t>, int32_t, int32_t, uint32_t, uint32_t>; break;
-    case Type::kU64: handler = elementwise<ExtractField<uint64_t>, uint64_t, uint64_t, uint32_t, uint32_t>; break;
-    case Type::kS64: handler = elementwise<ExtractField<int64_t>, int64_t, int64_t, uint32_t, uint32_t>; break;
+    case Type::kU32:
+      handler = elementwise<ExtractField<uint32_t>, uint32_t, uint32_t, uint32_t, uint32_t>;
+      break;
+    case Type::kS32:
+      handler = elementwise<ExtractField<int32_t>, int32_t, int32_t, uint32_t, uint32_t>;
+      break;
+    case Type::kU64:
+      handler = elementwise<ExtractField<uint64_t>, uint64_t, uint64_t, uint32_t, uint32_t>;
+      break;
+    case Type::kS64:
+      handler = elementwise<ExtractField<int64_t>, int64_t, int64_t, uint32_t, uint32_t>;
+      break;
     default: refuse_malformed(d, "bfe is of 32 and 64 bits");
   }
   d.handler(handler, InstrClass::kInteger);
@@ -208,10 +217,11 @@ void decode_bfi(Decoding& d) {
   take_operands(d, type, 2);
   d.source(Type::kU32);
   d.source(Type::kU32);
-  d.handler(type == Type::kB32
-                ? elementwise<InsertField<uint32_t>, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>
-                : elementwise<InsertField<uint64_t>, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>,
-            InstrClass::kInteger);
+  d.handler(
+      type == Type::kB32
+          ? elementwise<InsertField<uint32_t>, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>
+          : elementwise<InsertField<uint64_t>, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>,
+      InstrClass::kInteger);
 }
 
 template <class T, bool kShiftAmount>
@@ -349,10 +359,12 @@ void decode_szext(Decoding& d) {
   using W = uint32_t;
   const bool clamp = mode == ".clamp";
   if (type == Type::kS32) {
-    d.handler(clamp ? elementwise<Extend<true, true>, W, W, W> : elementwise<Extend<false, true>, W, W, W>,
+    d.handler(clamp ? elementwise<Extend<true, true>, W, W, W>
+                    : elementwise<Extend<false, true>, W, W, W>,
               InstrClass::kInteger);
   } else if (type == Type::kU32) {
-    d.handler(clamp ? elementwise<Extend<true, false>, W, W, W> : elementwise<Extend<false, false>, W, W, W>,
+    d.handler(clamp ? elementwise<Extend<true, false>, W, W, W>
+                    : elementwise<Extend<false, false>, W, W, W>,
               InstrClass::kInteger);
   } else {
     refuse_malformed(d, "szext is of .u32 or .s32");

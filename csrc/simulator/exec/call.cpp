@@ -1,4 +1,5 @@
 // Functions of the device runtime that PTX declares extern: vprintf, __assertfail, malloc, free.
+#include <array>
 #include <bit>
 #include <cstdio>
 #include <cstdlib>
@@ -33,6 +34,19 @@ void set_result(Warp& warp, const Instr& instr, int lane, T value) {
   const auto& offsets = *static_cast<const CallOffsets*>(instr.extra);
   std::memcpy(warp.private_memory + size_t(lane) * warp.program->private_bytes + offsets[0], &value,
               sizeof value);
+}
+
+// The result of these lanes has been set: it is initialised now.
+template <class T>
+void mark_result(Warp& warp, const Instr& instr, LaneMask lanes) {
+  std::array<uint64_t, kLanes> address;
+  address.fill(kCalleeParam + (*static_cast<const CallOffsets*>(instr.extra))[0]);
+  const Access access{.space = Space::kParam,
+                      .kind = AccessKind::kWrite,
+                      .bytes = sizeof(T),
+                      .lanes = lanes,
+                      .address = address.data()};
+  warp.cta->launch->checker->access(warp, instr, access, lanes, nullptr);
 }
 
 // The memory behind a generic address, up to the end of the variable or buffer it lies in.
@@ -156,6 +170,7 @@ Step run_vprintf(Warp& warp, const Instr& instr, LaneMask mask) {
     const std::scoped_lock lock(launch.mutex);
     launch.output += line;
   }
+  mark_result<int>(warp, instr, mask);
   return Step::kNext;
 }
 
@@ -179,6 +194,7 @@ Step run_malloc(Warp& warp, const Instr& instr, LaneMask mask) {
     if (memory) MemoryMap::global().add(memory, bytes, /*initialised=*/false, "device malloc");
     set_result<uint64_t>(warp, instr, lane, reinterpret_cast<uint64_t>(memory));
   }
+  mark_result<uint64_t>(warp, instr, mask);
   return Step::kNext;
 }
 

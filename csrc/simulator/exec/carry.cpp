@@ -29,10 +29,12 @@ T product(T a, T b, uint32_t flags) {
   using SignedWide = std::conditional_t<sizeof(T) == 4, int64_t, __int128>;
   using Signed = std::make_signed_t<T>;
   constexpr unsigned kWidth = 8 * sizeof(T);
-  return (flags & kSigned) ? T((SignedWide(Signed(a)) * Signed(b)) >> kWidth) : T((Wide(a) * b) >> kWidth);
+  return (flags & kSigned) ? T((SignedWide(Signed(a)) * Signed(b)) >> kWidth)
+                           : T((Wide(a) * b) >> kWidth);
 }
 
-// Destinations: the result, then CC where it is written. Sources: a, b, (c), then CC where it is read.
+// Destinations: the result, then CC where it is written. Sources: a, b, (c), then CC where it is
+// read.
 template <class T, Arithmetic kOp>
 Step with_carry(Warp& warp, const Instr& instr, LaneMask mask) {
   constexpr int kOperands = kOp == Arithmetic::kMad ? 3 : 2;
@@ -94,16 +96,23 @@ void decode_carry_arithmetic(Decoding& d, Arithmetic op, bool carry_in) {
   }
   const Type type = d.need_type();
   const bool wide_enough = bytes_of(type) == 4 || bytes_of(type) == 8;
-  if (!wide_enough || is_float(type)) refuse_malformed(d, "arithmetic with carry is of 32 and 64 bits");
+  if (!wide_enough || is_float(type))
+    refuse_malformed(d, "arithmetic with carry is of 32 and 64 bits");
   if (is_signed(type)) flags |= kSigned;
   d.dest(type);
   if (flags & kCarryOut) d.carry_dest();
   for (int i = 0; i < (op == Arithmetic::kMad ? 3 : 2); ++i) d.source(type);
   if (flags & kCarryIn) d.carry_source();
   switch (op) {
-    case Arithmetic::kAdd: d.handler(handler_of<Arithmetic::kAdd>(type), InstrClass::kInteger); break;
-    case Arithmetic::kSub: d.handler(handler_of<Arithmetic::kSub>(type), InstrClass::kInteger); break;
-    case Arithmetic::kMad: d.handler(handler_of<Arithmetic::kMad>(type), InstrClass::kInteger); break;
+    case Arithmetic::kAdd:
+      d.handler(handler_of<Arithmetic::kAdd>(type), InstrClass::kInteger);
+      break;
+    case Arithmetic::kSub:
+      d.handler(handler_of<Arithmetic::kSub>(type), InstrClass::kInteger);
+      break;
+    case Arithmetic::kMad:
+      d.handler(handler_of<Arithmetic::kMad>(type), InstrClass::kInteger);
+      break;
     default: refuse_malformed(d, ".cc is for add, sub and mad");
   }
   d.instr().variant = flags;

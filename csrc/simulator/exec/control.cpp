@@ -90,13 +90,18 @@ Step run_breakpoint(Warp& warp, const Instr& instr, LaneMask mask) {
 void decode_trap(Decoding& d) { d.handler(run_trap, InstrClass::kOther); }
 void decode_breakpoint(Decoding& d) { d.handler(run_breakpoint, InstrClass::kOther); }
 
-Step run_yield(Warp&, const Instr&, LaneMask) { return Step::kYield; }
+// Others run meanwhile, and the clocks show that it has slept.
+Step run_nanosleep(Warp& warp, const Instr& instr, LaneMask mask) {
+  *warp.cta->clock += lanes_of<uint32_t>(warp, instr.source(0))[std::countr_zero(mask)];
+  return Step::kYield;
+}
+
 Step run_nothing(Warp&, const Instr&, LaneMask) { return Step::kNext; }
 
 void decode_nanosleep(Decoding& d) {
   d.take(".u32");
   d.source(Type::kU32);
-  d.handler(run_yield, InstrClass::kOther);
+  d.handler(run_nanosleep, InstrClass::kOther);
 }
 
 // Launches of a stream run one after another, each to its end: whatever a dependent launch waits
@@ -136,6 +141,7 @@ Step run_setmaxnreg(Warp& warp, const Instr& instr, LaneMask mask) {
   if (increase ? wanted < held : wanted > held) {
     report(std::string(increase ? "setmaxnreg.inc below" : "setmaxnreg.dec above") +
            " the warp's " + std::to_string(held) + " registers a thread");
+    return Step::kNext;
   }
   const int64_t more = (wanted - held) * kLanes;
   if (more > cta.free_registers) {

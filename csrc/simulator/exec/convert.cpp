@@ -20,9 +20,13 @@ struct Lane {
 
 int bits_in(Type type) { return 8 * bytes_of(type); }
 
-uint64_t low_bits(uint64_t word, int bits) { return bits == 64 ? word : word & ((uint64_t{1} << bits) - 1); }
+uint64_t low_bits(uint64_t word, int bits) {
+  return bits == 64 ? word : word & ((uint64_t{1} << bits) - 1);
+}
 
-uint64_t sign_extend(uint64_t word, int bits) { return uint64_t(int64_t(word << (64 - bits)) >> (64 - bits)); }
+uint64_t sign_extend(uint64_t word, int bits) {
+  return uint64_t(int64_t(word << (64 - bits)) >> (64 - bits));
+}
 
 Lane load_integer(uint64_t word, Type type) {
   const int bits = bits_in(type);
@@ -62,7 +66,8 @@ uint64_t integer_to_integer(Lane lane, const Conversion& what) {
   return 0 - (lane.magnitude < least ? lane.magnitude : least);
 }
 
-// Clamped to the type's range. NaN is zero between 32-bit types; where 64 bits take part, only the highest bit is set.
+// Clamped to the type's range. NaN is zero between 32-bit types; where 64 bits take part, only the
+// highest bit is set.
 uint64_t float_to_integer(double value, const Conversion& what) {
   const int bits = bits_in(what.dest);
   if (value != value) {
@@ -163,7 +168,8 @@ void check_conversion(Decoding& d, const Conversion& what, bool has_rounding) {
   if (what.rounding == Rounding::kNearestAway && what.dest != Type::kTF32) {
     refuse_malformed(d, ".rna is for .tf32");
   }
-  if (what.relu && what.dest != Type::kF16 && what.dest != Type::kBF16 && what.dest != Type::kTF32) {
+  if (what.relu && what.dest != Type::kF16 && what.dest != Type::kBF16 &&
+      what.dest != Type::kTF32) {
     refuse_malformed(d, ".relu is for .f16, .bf16 and .tf32");
   }
 }

@@ -1,5 +1,5 @@
-// cvt in parts: convert.cpp takes the instruction apart, convert_fast.cpp has vectorised handlers for what compilers
-// emit most, convert_packed.cpp the conversions of two values into one register.
+// cvt in parts: convert.cpp takes the instruction apart, convert_fast.cpp has vectorised handlers
+// for what compilers emit most, convert_packed.cpp the conversions of two values into one register.
 #pragma once
 
 #include "simulator/core/decoder.h"
@@ -15,17 +15,25 @@ struct Conversion {
   bool ftz = false, sat = false, relu = false, satfinite = false;
 
   uint32_t pack() const {
-    return uint32_t(dest) | uint32_t(source) << 6 | uint32_t(rounding) << 12 | uint32_t{to_integer} << 16 |
-           uint32_t{ftz} << 17 | uint32_t{sat} << 18 | uint32_t{relu} << 19 | uint32_t{satfinite} << 20;
+    return uint32_t(dest) | uint32_t(source) << 6 | uint32_t(rounding) << 12 |
+           uint32_t{to_integer} << 16 | uint32_t{ftz} << 17 | uint32_t{sat} << 18 |
+           uint32_t{relu} << 19 | uint32_t{satfinite} << 20;
   }
   static Conversion unpack(uint32_t bits) {
     const auto flag = [bits](unsigned i) { return (bits >> i & 1) != 0; };
-    return {Type(bits & 63), Type(bits >> 6 & 63), Rounding(bits >> 12 & 15), flag(16), flag(17),
-            flag(18), flag(19), flag(20)};
+    return {Type(bits & 63),
+            Type(bits >> 6 & 63),
+            Rounding(bits >> 12 & 15),
+            flag(16),
+            flag(17),
+            flag(18),
+            flag(19),
+            flag(20)};
   }
 };
 
-// nullptr where there is no faster way than the general one. The registers are as wide as the types.
+// nullptr where there is no faster way than the general one. The registers are as wide as the
+// types.
 Handler fast_conversion(const Conversion& what);
 
 // Decodes the rest of the instruction (operands, handler); false if the types are no packed ones.

@@ -31,7 +31,8 @@ Handler integer_to_integer(const Conversion& what) {
     case Type::kS16: return from_integer<int16_t>(bytes);
     case Type::kU32: return from_integer<uint32_t>(bytes);
     case Type::kS32: return from_integer<int32_t>(bytes);
-    case Type::kU64: case Type::kS64: return from_integer<uint64_t>(bytes);
+    case Type::kU64:
+    case Type::kS64: return from_integer<uint64_t>(bytes);
     default: return nullptr;
   }
 }
@@ -100,7 +101,8 @@ Handler to_f32(const Conversion& what, bool nearest) {
   switch (what.source) {
     case Type::kF16: return from_half<F16Lanes>;
     case Type::kBF16: return from_half<BF16Lanes>;
-    case Type::kF32: return what.to_integer ? with_rounding<RoundFloat, float>(what.rounding) : nullptr;
+    case Type::kF32:
+      return what.to_integer ? with_rounding<RoundFloat, float>(what.rounding) : nullptr;
     case Type::kF64: return nearest ? elementwise<Narrow, float, double> : nullptr;
     case Type::kS32: return nearest ? elementwise<Cast<float, int32_t>, float, int32_t> : nullptr;
     case Type::kU32: return nearest ? elementwise<Cast<float, uint32_t>, float, uint32_t> : nullptr;

@@ -1,4 +1,5 @@
-// Conversions of two values into one register and back: f16x2, bf16x2, e4m3x2, e5m2x2, and cvt.pack.
+// Conversions of two values into one register and back: f16x2, bf16x2, e4m3x2, e5m2x2, and
+// cvt.pack.
 #include <array>
 
 #include "simulator/core/lanes.h"
@@ -44,8 +45,10 @@ Step halves_to_bytes(Warp& warp, const Instr& instr, LaneMask mask) {
   F16Lanes::from(lanes_of<uint16_t>(warp, instr.source(0)), values, 2 * kLanes);
   alignas(64) uint16_t out[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const unsigned low = convert_to<Format>(values[2 * lane], what.rounding, what.relu, what.satfinite);
-    const unsigned high = convert_to<Format>(values[2 * lane + 1], what.rounding, what.relu, what.satfinite);
+    const unsigned low =
+        convert_to<Format>(values[2 * lane], what.rounding, what.relu, what.satfinite);
+    const unsigned high =
+        convert_to<Format>(values[2 * lane + 1], what.rounding, what.relu, what.satfinite);
     out[lane] = uint16_t(high << 8 | low);
   }
   store_lanes(dest_lanes<uint16_t>(warp, instr.dest(0)), out, mask);
@@ -129,7 +132,8 @@ bool decode_packed_conversion(Decoding& d, const Conversion& what) {
     if (is_byte_pair(what.source)) refuse(d, "this packed conversion");
     return false;
   }
-  if (what.to_integer || what.sat || what.ftz) refuse_malformed(d, "a qualifier that packed conversions have not");
+  if (what.to_integer || what.sat || what.ftz)
+    refuse_malformed(d, "a qualifier that packed conversions have not");
   if (to_bytes && !(what.satfinite && what.rounding == Rounding::kNearestEven)) {
     refuse_malformed(d, "conversion to 8-bit floats needs .rn.satfinite");
   }
@@ -140,10 +144,12 @@ bool decode_packed_conversion(Decoding& d, const Conversion& what) {
     handler = two_floats_handler(what);
   } else if (what.source == Type::kF16x2 && to_bytes) {
     d.source(Type::kF16x2);
-    handler = what.dest == Type::kE4M3x2 ? halves_to_bytes<E4M3Format> : halves_to_bytes<E5M2Format>;
+    handler =
+        what.dest == Type::kE4M3x2 ? halves_to_bytes<E4M3Format> : halves_to_bytes<E5M2Format>;
   } else if (what.dest == Type::kF16x2 && is_byte_pair(what.source)) {
     d.source(what.source);
-    handler = what.source == Type::kE4M3x2 ? bytes_to_halves<E4M3Format> : bytes_to_halves<E5M2Format>;
+    handler =
+        what.source == Type::kE4M3x2 ? bytes_to_halves<E4M3Format> : bytes_to_halves<E5M2Format>;
   } else {
     refuse(d, "this packed conversion");
   }
@@ -164,7 +170,8 @@ void decode_pack_conversion(Decoding& d) {
     if (!d.take(element.name)) continue;
     if (!d.take(".s32")) refuse_malformed(d, "cvt.pack converts from .s32");
     const bool merge = d.take(".b32");
-    if (merge != (element.bits < 16)) refuse_malformed(d, "cvt.pack below 16 bits, and only it, merges with .b32");
+    if (merge != (element.bits < 16))
+      refuse_malformed(d, "cvt.pack below 16 bits, and only it, merges with .b32");
     d.dest(Type::kB32);
     d.source(Type::kS32);
     d.source(Type::kS32);

@@ -23,7 +23,8 @@ int32_t half_of(uint32_t word, unsigned i) {
 template <bool kSignedA, bool kSignedB>
 struct Dot4 {
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
-    for (unsigned i = 0; i < 4; ++i) c += uint32_t(byte_of<kSignedA>(a, i) * byte_of<kSignedB>(b, i));
+    for (unsigned i = 0; i < 4; ++i)
+      c += uint32_t(byte_of<kSignedA>(a, i) * byte_of<kSignedB>(b, i));
     return c;
   }
 };
@@ -42,7 +43,8 @@ using W = uint32_t;
 template <bool kA, bool kB>
 Handler dot_handler(bool two, bool high) {
   if (!two) return elementwise<Dot4<kA, kB>, W, W, W, W>;
-  return high ? elementwise<Dot2<kA, kB, true>, W, W, W, W> : elementwise<Dot2<kA, kB, false>, W, W, W, W>;
+  return high ? elementwise<Dot2<kA, kB, true>, W, W, W, W>
+              : elementwise<Dot2<kA, kB, false>, W, W, W, W>;
 }
 
 void decode_dot(Decoding& d) {
@@ -60,9 +62,11 @@ void decode_dot(Decoding& d) {
   take_operands(d, Type::kB32, 3);
   Handler handler;
   if (is_signed(a)) {
-    handler = is_signed(b) ? dot_handler<true, true>(two, high) : dot_handler<true, false>(two, high);
+    handler =
+        is_signed(b) ? dot_handler<true, true>(two, high) : dot_handler<true, false>(two, high);
   } else {
-    handler = is_signed(b) ? dot_handler<false, true>(two, high) : dot_handler<false, false>(two, high);
+    handler =
+        is_signed(b) ? dot_handler<false, true>(two, high) : dot_handler<false, false>(two, high);
   }
   d.handler(handler, InstrClass::kInteger);
 }
@@ -117,7 +121,8 @@ struct Mad24HighSaturating {
 
 template <bool kSigned, bool kHigh>
 Handler handler24(bool add) {
-  return add ? elementwise<Mad24<kSigned, kHigh>, W, W, W, W> : elementwise<Mul24<kSigned, kHigh>, W, W, W>;
+  return add ? elementwise<Mad24<kSigned, kHigh>, W, W, W, W>
+             : elementwise<Mul24<kSigned, kHigh>, W, W, W>;
 }
 
 void decode_24(Decoding& d) {
@@ -140,8 +145,11 @@ void decode_24(Decoding& d) {
   d.handler(handler, InstrClass::kInteger);
 }
 
-constexpr Opcode kOpcodes[] = {
-    {"dp4a", decode_dot}, {"dp2a", decode_dot}, {"sad", decode_sad}, {"mul24", decode_24}, {"mad24", decode_24}};
+constexpr Opcode kOpcodes[] = {{"dp4a", decode_dot},
+                               {"dp2a", decode_dot},
+                               {"sad", decode_sad},
+                               {"mul24", decode_24},
+                               {"mad24", decode_24}};
 
 }  // namespace
 

@@ -17,6 +17,7 @@ extern const OpcodeFamily kConvertFamily;     // convert.cpp: cvt
 extern const OpcodeFamily kMathFamily;        // math.cpp: rcp sqrt rsqrt ex2 lg2 sin cos tanh
 extern const OpcodeFamily kDotFamily;         // dot.cpp: dp4a dp2a sad mul24 mad24
 extern const OpcodeFamily kMmaFamily;         // mma.cpp: mma
+extern const OpcodeFamily kWgmmaFamily;       // wgmma.cpp: wgmma
 extern const OpcodeFamily kMatrixMoveFamily;  // ldmatrix.cpp: ldmatrix stmatrix movmatrix
 extern const OpcodeFamily kBarrierFamily;     // barrier.cpp: bar barrier
 extern const OpcodeFamily kControlFamily;     // control.cpp: bra brx exit trap nanosleep setmaxnreg ...

@@ -11,21 +11,37 @@ namespace fused_peft::sim {
 namespace {
 
 struct Add {
-  template <class T> T operator()(T a, T b) const { return a + b; }
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Sub {
-  template <class T> T operator()(T a, T b) const { return a - b; }
+  template <class T>
+  T operator()(T a, T b) const {
+    return a - b;
+  }
 };
 struct Mul {
-  template <class T> T operator()(T a, T b) const { return a * b; }
+  template <class T>
+  T operator()(T a, T b) const {
+    return a * b;
+  }
 };
 struct Div {
-  template <class T> T operator()(T a, T b) const { return a / b; }
+  template <class T>
+  T operator()(T a, T b) const {
+    return a / b;
+  }
 };
 struct Fma {
-  template <class T> T operator()(T a, T b, T c) const { return std::fma(a, b, c); }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return std::fma(a, b, c);
+  }
 };
-// a * (1 / b) with the reciprocal of a divisor above 2^126 flushed to zero, as the ISA describes div.approx.
+// a * (1 / b) with the reciprocal of a divisor above 2^126 flushed to zero, as the ISA describes
+// div.approx.
 struct DivApprox {
   float operator()(float a, float b) const { return a * flush(1.0f / b); }
 };
@@ -84,7 +100,8 @@ void decode_fma(Decoding& d) {
                 : decode_rounded<Fma, float, float, float, float>(d);
 }
 
-// div.full is within 2 ulp over the full range: the exact quotient is. So is div.approx, where |b| is at most 2^126.
+// div.full is within 2 ulp over the full range: the exact quotient is. So is div.approx, where |b|
+// is at most 2^126.
 void decode_div(Decoding& d) {
   const std::string_view kind = d.take_one({".approx", ".full"});
   if (kind == ".approx") return decode_binary<DivApprox>(d);

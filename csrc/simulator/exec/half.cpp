@@ -1,7 +1,8 @@
 // f16 and bf16 arithmetic, single and in pairs: add sub mul fma abs neg min max.
 //
-// add, sub and mul are done in single precision, whose 24 bits are enough for the second rounding to change nothing
-// (24 >= 2 * 11 + 2, Figueroa 1995); fma in double precision, rounded to odd on the way.
+// add, sub and mul are done in single precision, whose 24 bits are enough for the second rounding
+// to change nothing (24 >= 2 * 11 + 2, Figueroa 1995); fma in double precision, rounded to odd on
+// the way.
 #include "simulator/exec/half.h"
 
 #include "simulator/core/lanes.h"

@@ -7,8 +7,8 @@
 
 namespace fused_peft::sim {
 
-// Two formats, each with from(): bits to floats, exact, and to(): floats to bits, to nearest even, NaN to 0x7fff.
-// `count` is a multiple of 8.
+// Two formats, each with from(): bits to floats, exact, and to(): floats to bits, to nearest even,
+// NaN to 0x7fff. `count` is a multiple of 8.
 struct F16Lanes {
   using Format = F16Format;
   static void from(const uint16_t* bits, float* values, int count) {

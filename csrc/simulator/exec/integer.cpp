@@ -1,4 +1,5 @@
-// Integer arithmetic: add sub mul mad div rem abs neg min max, and add/min/max of packed 16-bit pairs.
+// Integer arithmetic: add sub mul mad div rem abs neg min max, and add/min/max of packed 16-bit
+// pairs.
 #include <limits>
 #include <type_traits>
 
@@ -12,60 +13,105 @@ template <class T>
 using Unsigned = std::make_unsigned_t<T>;
 
 // Twice as wide.
-template <class T> struct WiderOf;
-template <> struct WiderOf<int16_t> { using Type = int32_t; };
-template <> struct WiderOf<uint16_t> { using Type = uint32_t; };
-template <> struct WiderOf<int32_t> { using Type = int64_t; };
-template <> struct WiderOf<uint32_t> { using Type = uint64_t; };
-template <> struct WiderOf<int64_t> { using Type = __int128; };
-template <> struct WiderOf<uint64_t> { using Type = unsigned __int128; };
+template <class T>
+struct WiderOf;
+template <>
+struct WiderOf<int16_t> {
+  using Type = int32_t;
+};
+template <>
+struct WiderOf<uint16_t> {
+  using Type = uint32_t;
+};
+template <>
+struct WiderOf<int32_t> {
+  using Type = int64_t;
+};
+template <>
+struct WiderOf<uint32_t> {
+  using Type = uint64_t;
+};
+template <>
+struct WiderOf<int64_t> {
+  using Type = __int128;
+};
+template <>
+struct WiderOf<uint64_t> {
+  using Type = unsigned __int128;
+};
 template <class T>
 using Wider = typename WiderOf<T>::Type;
 
-// Arithmetic wraps: it is done in the unsigned type, widened so that promotion to int cannot overflow.
+// Arithmetic wraps: it is done in the unsigned type, widened so that promotion to int cannot
+// overflow.
 template <class T>
 using Wrapping = std::conditional_t<sizeof(T) < 4, uint32_t, Unsigned<T>>;
 
 struct Add {
-  template <class T> static T apply(T a, T b) { return T(Wrapping<T>(a) + Wrapping<T>(b)); }
+  template <class T>
+  static T apply(T a, T b) {
+    return T(Wrapping<T>(a) + Wrapping<T>(b));
+  }
 };
 struct Sub {
-  template <class T> static T apply(T a, T b) { return T(Wrapping<T>(a) - Wrapping<T>(b)); }
+  template <class T>
+  static T apply(T a, T b) {
+    return T(Wrapping<T>(a) - Wrapping<T>(b));
+  }
 };
 struct MulLow {
-  template <class T> static T apply(T a, T b) { return T(Wrapping<T>(a) * Wrapping<T>(b)); }
+  template <class T>
+  static T apply(T a, T b) {
+    return T(Wrapping<T>(a) * Wrapping<T>(b));
+  }
 };
 struct MulHigh {
-  template <class T> static T apply(T a, T b) {
+  template <class T>
+  static T apply(T a, T b) {
     return T((Wider<T>(a) * Wider<T>(b)) >> (8 * sizeof(T)));
   }
 };
 struct Min {
-  template <class T> static T apply(T a, T b) { return a < b ? a : b; }
+  template <class T>
+  static T apply(T a, T b) {
+    return a < b ? a : b;
+  }
 };
 struct Max {
-  template <class T> static T apply(T a, T b) { return a > b ? a : b; }
+  template <class T>
+  static T apply(T a, T b) {
+    return a > b ? a : b;
+  }
 };
-// What a division by zero gives is the machine's own; NVIDIA's gives all ones, and the remainder is the dividend.
+// What a division by zero gives is the machine's own; NVIDIA's gives all ones, and the remainder is
+// the dividend.
 struct Div {
-  template <class T> static T apply(T a, T b) {
+  template <class T>
+  static T apply(T a, T b) {
     if (b == 0) return T(~Wrapping<T>(0));
     if (std::is_signed_v<T> && b == T(-1)) return T(0 - Wrapping<T>(a));
     return T(a / b);
   }
 };
 struct Rem {
-  template <class T> static T apply(T a, T b) {
+  template <class T>
+  static T apply(T a, T b) {
     if (b == 0) return a;
     if (std::is_signed_v<T> && b == T(-1)) return 0;
     return T(a % b);
   }
 };
 struct Neg {
-  template <class T> static T apply(T a) { return T(0 - Wrapping<T>(a)); }
+  template <class T>
+  static T apply(T a) {
+    return T(0 - Wrapping<T>(a));
+  }
 };
 struct Abs {
-  template <class T> static T apply(T a) { return a < 0 ? T(0 - Wrapping<T>(a)) : a; }
+  template <class T>
+  static T apply(T a) {
+    return a < 0 ? T(0 - Wrapping<T>(a)) : a;
+  }
 };
 
 // Op of both halves of a 32-bit word.
@@ -80,7 +126,10 @@ struct Packed {
 
 template <class Op>
 struct Relu {
-  template <class T> static T apply(T a, T b) { return Max::apply<T>(Op::template apply<T>(a, b), 0); }
+  template <class T>
+  static T apply(T a, T b) {
+    return Max::apply<T>(Op::template apply<T>(a, b), 0);
+  }
 };
 
 template <class Op, class T>
@@ -139,16 +188,16 @@ Handler with_integer(Decoding& d, Type type, Fn fn) {
 
 template <class Op>
 Handler binary_handler(Decoding& d, Type type) {
-  return with_integer(d, type, []<class T>(T) -> Handler {
-    return elementwise<Binary<Op, T>, T, T, T>;
-  });
+  return with_integer(d, type,
+                      []<class T>(T) -> Handler { return elementwise<Binary<Op, T>, T, T, T>; });
 }
 
 template <class Op>
 void decode_binary(Decoding& d, Type type) {
   take_operands(d, type, 2);
   if (type == Type::kU16x2) {
-    d.handler(elementwise<Packed<Op, uint16_t>, uint32_t, uint32_t, uint32_t>, InstrClass::kInteger);
+    d.handler(elementwise<Packed<Op, uint16_t>, uint32_t, uint32_t, uint32_t>,
+              InstrClass::kInteger);
   } else if (type == Type::kS16x2) {
     d.handler(elementwise<Packed<Op, int16_t>, uint32_t, uint32_t, uint32_t>, InstrClass::kInteger);
   } else {
@@ -176,9 +225,9 @@ template <class Op>
 void decode_unary(Decoding& d, Type type) {
   if (!is_signed(type)) refuse_malformed(d, "the type must be signed");
   take_operands(d, type, 1);
-  d.handler(with_integer(d, type,
-                         []<class T>(T) -> Handler { return elementwise<Unary<Op, T>, T, T>; }),
-            InstrClass::kInteger);
+  d.handler(
+      with_integer(d, type, []<class T>(T) -> Handler { return elementwise<Unary<Op, T>, T, T>; }),
+      InstrClass::kInteger);
 }
 
 template <class Op>
@@ -251,9 +300,11 @@ void decode_integer_arithmetic(Decoding& d, Arithmetic op) {
   const Type type = d.need_type();
   switch (op) {
     case Arithmetic::kAdd:
-      return saturating ? decode_saturating<AddSaturating>(d, type, 2) : decode_binary<Add>(d, type);
+      return saturating ? decode_saturating<AddSaturating>(d, type, 2)
+                        : decode_binary<Add>(d, type);
     case Arithmetic::kSub:
-      return saturating ? decode_saturating<SubSaturating>(d, type, 2) : decode_binary<Sub>(d, type);
+      return saturating ? decode_saturating<SubSaturating>(d, type, 2)
+                        : decode_binary<Sub>(d, type);
     case Arithmetic::kMul: return decode_mul(d, type);
     case Arithmetic::kMad: return decode_mad(d, type);
     case Arithmetic::kDiv: return decode_binary<Div>(d, type);

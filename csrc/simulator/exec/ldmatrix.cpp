@@ -1,7 +1,8 @@
-// ldmatrix, stmatrix, movmatrix: 8 x 8 matrices of 16-bit elements between shared memory and fragments.
+// ldmatrix, stmatrix, movmatrix: 8 x 8 matrices of 16-bit elements between shared memory and
+// fragments.
 //
-// Lane 8 i + r gives the address of row r of matrix i. In registers lane l holds elements 2 (l % 4) and the next of row
-// l / 4; transposed, of column l / 4.
+// Lane 8 i + r gives the address of row r of matrix i. In registers lane l holds elements 2 (l % 4)
+// and the next of row l / 4; transposed, of column l / 4.
 #include <iterator>
 
 #include "simulator/core/lanes.h"
@@ -41,7 +42,8 @@ uint64_t transpose_bits(uint64_t bits) {
 // Lanes whose two elements are both set.
 LaneMask lanes_of_elements(uint64_t elements) {
   LaneMask lanes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) lanes |= LaneMask((elements >> (2 * lane) & 3) == 3) << lane;
+  for (int lane = 0; lane < kLanes; ++lane)
+    lanes |= LaneMask((elements >> (2 * lane) & 3) == 3) << lane;
   return lanes;
 }
 
@@ -90,7 +92,9 @@ uint64_t valid_elements(Warp& warp, const Rows& rows, int i) {
   return elements;
 }
 
-LaneMask lanes_of_matrices(int count) { return count == 4 ? kFullMask : (LaneMask{1} << (8 * count)) - 1; }
+LaneMask lanes_of_matrices(int count) {
+  return count == 4 ? kFullMask : (LaneMask{1} << (8 * count)) - 1;
+}
 
 template <int kCount, bool kTranspose>
 Step ldmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
@@ -151,7 +155,8 @@ Step stmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
   const Rows rows = access_rows(warp, instr, AccessKind::kWrite, lanes, stored, data);
   for (LaneMask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
-    if (rows.host[lane] != nullptr) std::memcpy(rows.host[lane], data + kRowBytes * lane, kRowBytes);
+    if (rows.host[lane] != nullptr)
+      std::memcpy(rows.host[lane], data + kRowBytes * lane, kRowBytes);
   }
   warp.cta->progressed();
   return Step::kNext;
@@ -166,7 +171,8 @@ Step movmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
   std::memcpy(out, matrix.element, sizeof out);
   LaneMask valid = valid_lanes(warp, instr.source(0));
   uint64_t elements = 0;
-  for (int lane = 0; lane < kLanes; ++lane) elements |= ((valid >> lane & 1) ? uint64_t{3} : 0) << (2 * lane);
+  for (int lane = 0; lane < kLanes; ++lane)
+    elements |= ((valid >> lane & 1) ? uint64_t{3} : 0) << (2 * lane);
   valid = lanes_of_elements(transpose_bits(elements));
   store_lanes(dest_lanes<uint32_t>(warp, instr.dest(0)), out, mask);
   set_valid(warp, instr.dest(0), mask, valid);
@@ -187,7 +193,8 @@ Form take_form(Decoding& d) {
   if (count.empty()) refuse_malformed(d, ".x1, .x2 or .x4 is missing");
   Form form{count[2] - '0', d.take(".trans")};
   const Space space = take_space(d);
-  if (space != Space::kGeneric && space != Space::kShared) refuse_malformed(d, "the state space is .shared");
+  if (space != Space::kGeneric && space != Space::kShared)
+    refuse_malformed(d, "the state space is .shared");
   if (!d.take(".b16")) refuse(d, "types other than .b16");
   d.instr().variant = space == Space::kShared;
   return form;

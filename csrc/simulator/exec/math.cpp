@@ -20,10 +20,16 @@ struct OfFloat {
 };
 
 struct Reciprocal {
-  template <class T> T operator()(T a) const { return T(1) / a; }
+  template <class T>
+  T operator()(T a) const {
+    return T(1) / a;
+  }
 };
 struct SquareRoot {
-  template <class T> T operator()(T a) const { return std::sqrt(a); }
+  template <class T>
+  T operator()(T a) const {
+    return std::sqrt(a);
+  }
 };
 struct ReciprocalRoot {
   double operator()(double a) const { return 1.0 / std::sqrt(a); }
@@ -41,11 +47,12 @@ struct Tanh {
 
 template <class Op>
 Handler float_handler(bool ftz) {
-  return ftz ? elementwise<OfFloat<Op, true>, float, float> : elementwise<OfFloat<Op, false>, float, float>;
+  return ftz ? elementwise<OfFloat<Op, true>, float, float>
+             : elementwise<OfFloat<Op, false>, float, float>;
 }
 
-// The instructions that start double-precision reciprocals: the low word of the source is not looked at, that of
-// the result is zero, subnormals are flushed.
+// The instructions that start double-precision reciprocals: the low word of the source is not
+// looked at, that of the result is zero, subnormals are flushed.
 template <class Op>
 struct HighWord {
   double operator()(double a) const {
@@ -177,10 +184,14 @@ void decode_sine(Decoding& d) {
 }
 
 constexpr Opcode kOpcodes[] = {
-    {"rcp", decode_root<Reciprocal>},      {"sqrt", decode_root<SquareRoot>},
-    {"rsqrt", decode_rsqrt},               {"ex2", decode_function<Exp2, true>},
-    {"lg2", decode_function<Log2, false>}, {"tanh", decode_function<Tanh, true>},
-    {"sin", decode_sine<0>},               {"cos", decode_sine<1>},
+    {"rcp", decode_root<Reciprocal>},
+    {"sqrt", decode_root<SquareRoot>},
+    {"rsqrt", decode_rsqrt},
+    {"ex2", decode_function<Exp2, true>},
+    {"lg2", decode_function<Log2, false>},
+    {"tanh", decode_function<Tanh, true>},
+    {"sin", decode_sine<0>},
+    {"cos", decode_sine<1>},
 };
 
 }  // namespace

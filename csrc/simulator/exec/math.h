@@ -1,5 +1,6 @@
-// Elementary functions of one lane, as the special function unit's approximations have to be, or better: computed in
-// double precision, without branches (loops over lanes vectorise), and rounded once to single precision.
+// Elementary functions of one lane, as the special function unit's approximations have to be, or
+// better: computed in double precision, without branches (loops over lanes vectorise), and rounded
+// once to single precision.
 #pragma once
 
 #include "simulator/exec/numeric.h"
@@ -31,7 +32,8 @@ inline float exp2_approx(float x) {
   return x != x ? float_of(F32Format::kNan) : static_cast<float>(exp2_of(clamped));
 }
 
-// log2, to a relative 2^-40 or so: m * 2^e with m around 1, log2 m by the series of 2 atanh((m - 1) / (m + 1)).
+// log2, to a relative 2^-40 or so: m * 2^e with m around 1, log2 m by the series of 2 atanh((m - 1)
+// / (m + 1)).
 inline float log2_approx(float x) {
   const auto bits = std::bit_cast<uint64_t>(double{x});
   constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000;
@@ -58,7 +60,8 @@ inline float log2_approx(float x) {
 // Arguments that the reduction below is good for.
 constexpr float kMaxReduced = 1e6f;
 
-// sin (quarter 0) or cos (quarter 1): the argument is reduced to [-pi/4, pi/4] around a multiple of pi/2.
+// sin (quarter 0) or cos (quarter 1): the argument is reduced to [-pi/4, pi/4] around a multiple of
+// pi/2.
 inline float sine_approx(float x, uint64_t quarter) {
   constexpr double kShift = 0x1.8p52, kTwoOverPi = 0.6366197723675814;
   constexpr double kHalfPi = 1.5707963267948966, kHalfPiLow = 6.123233995736766e-17;
@@ -71,7 +74,7 @@ inline float sine_approx(float x, uint64_t quarter) {
   s = s * r2 - 1.984126984126984e-04;
   s = s * r2 + 8.333333333333333e-03;
   s = s * r2 - 1.6666666666666666e-01;
-  s = s * r2 * r + r;
+  s = (s * r2 + 1.0) * r;  // keeps the sign of a zero
   double c = 2.08767569878681e-09;
   c = c * r2 - 2.755731922398589e-07;
   c = c * r2 + 2.48015873015873e-05;

@@ -1,7 +1,8 @@
 // mma.sync of 16-, 8- and 4-bit elements and TF32.
 //
-// Sums are in single precision and in order of k, each step rounded once; the tensor core's own order and truncation
-// are not modelled. Of integers, and wherever sums are exact, there is no difference.
+// Sums are in single precision and in order of k, each step rounded once; the tensor core's own
+// order and truncation are not modelled. Of integers, and wherever sums are exact, there is no
+// difference.
 #include "simulator/exec/mma.h"
 
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include "simulator/check/checker.h"
 #include "simulator/exec/arithmetic.h"
 #include "simulator/exec/families.h"
+#include "simulator/exec/mma_accumulators.h"
 #include "simulator/exec/mma_elements.h"
 #include "simulator/exec/mma_fragments.h"
 #include "simulator/exec/mma_multiply.h"
@@ -17,80 +19,13 @@
 namespace fused_peft::sim {
 namespace {
 
-// ---- accumulators: registers of C to rows of floats, and back
-
-template <int kRows>
-struct F32Accumulator {
-  static constexpr int kRegisters = kRows / 4;
-  static constexpr bool kPairs = false;
-  static void load(const Warp& warp, const Instr& instr, MmaOperands operands, float* rows) {
-    for (int half = 0; half < kRows / 8; ++half) {
-      join_rows(lanes_of<uint32_t>(warp, operands.c(instr, 2 * half)),
-                lanes_of<uint32_t>(warp, operands.c(instr, 2 * half + 1)), rows + 64 * half);
-    }
-  }
-  static void store(Warp& warp, const Instr& instr, LaneMask mask, MmaOperands, float* rows) {
-    for (int i = 0; i < 8 * kRows; ++i) rows[i] = canonical(rows[i]);
-    for (int half = 0; half < kRows / 8; ++half) {
-      alignas(64) uint32_t even[kLanes], odd[kLanes];
-      split_rows(rows + 64 * half, even, odd);
-      store_register(warp, instr.dest(2 * half), even, mask);
-      store_register(warp, instr.dest(2 * half + 1), odd, mask);
-    }
-  }
-};
-
-template <int kRows>
-struct F16Accumulator {
-  static constexpr int kRegisters = kRows / 8;
-  static constexpr bool kPairs = true;
-  static void load(const Warp& warp, const Instr& instr, MmaOperands operands, float* rows) {
-    for (int half = 0; half < kRegisters; ++half) {
-      F16Lanes::from(lanes_of<uint16_t>(warp, operands.c(instr, half)), rows + 64 * half, 64);
-    }
-  }
-  static void store(Warp& warp, const Instr& instr, LaneMask mask, MmaOperands, const float* rows) {
-    for (int half = 0; half < kRegisters; ++half) {
-      alignas(64) uint16_t halves[2 * kLanes];
-      F16Lanes::to(rows + 64 * half, halves, 2 * kLanes);
-      alignas(64) uint32_t packed[kLanes];
-      std::memcpy(packed, halves, sizeof packed);
-      store_register(warp, instr.dest(half), packed, mask);
-    }
-  }
-};
-
-// The products' sum stays below 2^24 and so is exact as a float; it is added to C as integers.
-template <int kRows, bool kSaturate>
-struct S32Accumulator {
-  static constexpr int kRegisters = kRows / 4;
-  static constexpr bool kPairs = false;
-  static void load(const Warp&, const Instr&, MmaOperands, float* rows) {
-    std::memset(rows, 0, sizeof(float) * 8 * kRows);
-  }
-  static void store(Warp& warp, const Instr& instr, LaneMask mask, MmaOperands operands, float* rows) {
-    for (int half = 0; half < kRows / 8; ++half) {
-      alignas(64) uint32_t sums[2][kLanes];
-      split_rows(rows + 64 * half, sums[0], sums[1]);
-      for (int j = 0; j < 2; ++j) {
-        const auto* c = lanes_of<int32_t>(warp, operands.c(instr, 2 * half + j));
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int64_t sum = int64_t{c[lane]} + int32_t(float_of(sums[j][lane]));
-          const int64_t clamped = sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum;
-          sums[j][lane] = uint32_t(kSaturate ? clamped : sum);
-        }
-        store_register(warp, instr.dest(2 * half + j), sums[j], mask);
-      }
-    }
-  }
-};
-
 template <int kRows, int kChunks, class A, class B, class Accumulator>
 Step mma(Warp& warp, const Instr& instr, LaneMask mask) {
   static_assert(A::kPerRegister == B::kPerRegister);
   constexpr int kWidth = 4 * A::kPerRegister, kValues = kLanes * A::kPerRegister;
   constexpr MmaOperands kOperands{kChunks * kRows / 8, kChunks, Accumulator::kRegisters};
-  if (mask != kFullMask) [[unlikely]] check_whole_warp(warp, instr, mask);
+  if (mask != kFullMask) [[unlikely]]
+    check_whole_warp(warp, instr, mask);
   alignas(64) float a[kOperands.num_a * kValues], b[kChunks * kValues], d[kRows * 8];
   for (int i = 0; i < kOperands.num_a; ++i) {
     A::load(lanes_of<uint32_t>(warp, kOperands.a(instr, i)), a + i * kValues, kLanes);
@@ -98,10 +33,11 @@ Step mma(Warp& warp, const Instr& instr, LaneMask mask) {
   for (int i = 0; i < kChunks; ++i) {
     B::load(lanes_of<uint32_t>(warp, kOperands.b(instr, i)), b + i * kValues, kLanes);
   }
-  Accumulator::load(warp, instr, kOperands, d);
+  const Operand* c = &kOperands.c(instr, 0);
+  Accumulator::load(warp, c, d);
   multiply<kRows, kChunks, kWidth>(a, b, d);
   propagate_mma_validity(warp, instr, mask, kOperands, kRows, Accumulator::kPairs);
-  Accumulator::store(warp, instr, mask, kOperands, d);
+  Accumulator::store(warp, &instr.dest(0), c, mask, d);
   return Step::kNext;
 }
 
@@ -122,7 +58,8 @@ Handler float_handler(Decoding& d, const MmaForm& form, Type accumulator, int ch
 template <class A, class B>
 Handler integer_handler(const MmaForm& form, int chunks) {
   if (form.m == 8) {
-    return form.satfinite ? mma<8, 1, A, B, S32Accumulator<8, true>> : mma<8, 1, A, B, S32Accumulator<8, false>>;
+    return form.satfinite ? mma<8, 1, A, B, S32Accumulator<8, true>>
+                          : mma<8, 1, A, B, S32Accumulator<8, false>>;
   }
   return form.satfinite ? of_chunks<16, A, B, S32Accumulator<16, true>>(chunks)
                         : of_chunks<16, A, B, S32Accumulator<16, false>>(chunks);
@@ -183,10 +120,11 @@ MmaTypes take_types(Decoding& d) {
   types.b = take();
   if (types.a.empty() || types.b.empty()) refuse(d, "the types of A and B");
   if (d.need_type() != types.accumulator) refuse(d, "C of another type than D");
-  const bool same_kind = (is_one_of(types.a, {".s8", ".u8"}) && is_one_of(types.b, {".s8", ".u8"})) ||
-                         (is_one_of(types.a, {".s4", ".u4"}) && is_one_of(types.b, {".s4", ".u4"})) ||
-                         (is_one_of(types.a, {".e4m3", ".e5m2"}) && is_one_of(types.b, {".e4m3", ".e5m2"})) ||
-                         types.a == types.b;
+  const bool same_kind =
+      (is_one_of(types.a, {".s8", ".u8"}) && is_one_of(types.b, {".s8", ".u8"})) ||
+      (is_one_of(types.a, {".s4", ".u4"}) && is_one_of(types.b, {".s4", ".u4"})) ||
+      (is_one_of(types.a, {".e4m3", ".e5m2"}) && is_one_of(types.b, {".e4m3", ".e5m2"})) ||
+      types.a == types.b;
   if (!same_kind) refuse_malformed(d, "A and B of types that do not go together");
   const bool integer = types.a[1] == 's' || types.a[1] == 'u';
   const bool half_sums = is_one_of(types.a, {".f16", ".e4m3", ".e5m2"});
@@ -201,9 +139,9 @@ MmaForm take_shape(Decoding& d) {
   static constexpr struct {
     const char* name;
     int m, k;
-  } kShapes[] = {{".m8n8k4", 8, 4},       {".m8n8k16", 8, 16},      {".m8n8k32", 8, 32},
-                 {".m8n8k128", 8, 128},   {".m16n8k4", 16, 4},      {".m16n8k8", 16, 8},
-                 {".m16n8k16", 16, 16},   {".m16n8k32", 16, 32},    {".m16n8k64", 16, 64},
+  } kShapes[] = {{".m8n8k4", 8, 4},       {".m8n8k16", 8, 16},    {".m8n8k32", 8, 32},
+                 {".m8n8k128", 8, 128},   {".m16n8k4", 16, 4},    {".m16n8k8", 16, 8},
+                 {".m16n8k16", 16, 16},   {".m16n8k32", 16, 32},  {".m16n8k64", 16, 64},
                  {".m16n8k128", 16, 128}, {".m16n8k256", 16, 256}};
   for (const auto& shape : kShapes) {
     if (d.take(shape.name)) return {shape.m, 8, shape.k, false};
@@ -221,7 +159,8 @@ void decode_mma(Decoding& d) {
   if (d.has(".f64")) return decode_mma_f64(d, form);
   if (d.has(".b1")) return decode_mma_b1(d, form);
   const MmaTypes types = take_types(d);
-  if (form.satfinite && types.accumulator != Type::kS32) refuse_malformed(d, ".satfinite is for integers");
+  if (form.satfinite && types.accumulator != Type::kS32)
+    refuse_malformed(d, ".satfinite is for integers");
   // k of one register of each of the four lanes of a group.
   const int width = 4 * 32 / bits_of_element(types.a), chunks = form.k / width;
   const bool shape_exists = form.k % width == 0 && chunks >= 1 && chunks <= (form.m == 8 ? 1 : 2) &&
@@ -260,7 +199,8 @@ void take_mma_operands(Decoding& d, Type type_d, int num_d, Type type_ab, int nu
 void check_whole_warp(Warp& warp, const Instr& instr, LaneMask mask) {
   if (mask == kFullMask) return;
   char text[96];
-  std::snprintf(text, sizeof text, "all lanes of the warp must execute it, these do not: %08x", ~mask);
+  std::snprintf(text, sizeof text, "all lanes of the warp must execute it, these do not: %08x",
+                ~mask);
   warp.cta->launch->checker->report(warp, instr, mask, FindingKind::kOther, text);
 }
 

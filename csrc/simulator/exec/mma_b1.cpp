@@ -22,7 +22,8 @@ Step mma_b1(Warp& warp, const Instr& instr, LaneMask mask) {
         const int register_a = chunk * (kRows / 8) + i / 2;
         const uint32_t* a = lanes_of<uint32_t>(warp, kOperands.a(instr, register_a)) + 4 * row;
         const uint32_t* b = lanes_of<uint32_t>(warp, kOperands.b(instr, chunk)) + 4 * column;
-        for (int k = 0; k < 4; ++k) sum += uint32_t(std::popcount(kXor ? a[k] ^ b[k] : a[k] & b[k]));
+        for (int k = 0; k < 4; ++k)
+          sum += uint32_t(std::popcount(kXor ? a[k] ^ b[k] : a[k] & b[k]));
       }
       d[i][lane] = sum;
     }
@@ -41,7 +42,8 @@ Handler of_operation(bool is_xor) {
 
 void decode_mma_b1(Decoding& d, const MmaForm& form) {
   const std::string_view operation = d.take_one({".xor", ".and"});
-  if (operation.empty() || !d.take(".popc")) refuse_malformed(d, "mma of bits needs .xor.popc or .and.popc");
+  if (operation.empty() || !d.take(".popc"))
+    refuse_malformed(d, "mma of bits needs .xor.popc or .and.popc");
   if (!d.take(".s32") || !d.take(".b1") || !d.take(".b1") || !d.take(".s32")) {
     refuse_malformed(d, "the types are .s32.b1.b1.s32");
   }

@@ -1,5 +1,5 @@
-// Elements of the tensor core's operands, as floats: every product of two of them and, of the integer types, every sum
-// that an instruction forms is exact in single precision.
+// Elements of the tensor core's operands, as floats: every product of two of them and, of the
+// integer types, every sum that an instruction forms is exact in single precision.
 #pragma once
 
 #include "simulator/core/types.h"
@@ -7,8 +7,8 @@
 
 namespace fused_peft::sim {
 
-// Each has kPerRegister, how many elements a 32-bit register holds, and load(): `count` registers (a multiple of 8) to
-// floats, lane after lane.
+// Each has kPerRegister, how many elements a 32-bit register holds, and load(): `count` registers
+// (a multiple of 8) to floats, lane after lane.
 struct F16Elements {
   static constexpr int kPerRegister = 2;
   static void load(const uint32_t* registers, float* values, int count) {
@@ -45,7 +45,8 @@ struct E5M2Elements {
   }
 };
 
-// E4M3's fields in their places in a half make a value too small by the difference of the biases, 2^8.
+// E4M3's fields in their places in a half make a value too small by the difference of the biases,
+// 2^8.
 struct E4M3Elements {
   static constexpr int kPerRegister = 4;
   static void load(const uint32_t* registers, float* values, int count) {
@@ -84,7 +85,8 @@ struct Int4Elements {
     for (int i = 0; i < count; ++i) {
       for (unsigned j = 0; j < 8; ++j) {
         const uint32_t shifted = registers[i] << (28 - 4 * j);
-        values[8 * i + int(j)] = kSigned ? float(int32_t(shifted) >> 28) : float(int32_t(shifted >> 28));
+        values[8 * i + int(j)] =
+            kSigned ? float(int32_t(shifted) >> 28) : float(int32_t(shifted >> 28));
       }
     }
   }

@@ -1,9 +1,11 @@
-// How the matrices of mma lie in a warp's registers (PTX ISA, "Matrix fragments for mma"). With group = lane / 4 and
-// t = lane % 4:
-//   A: register r holds row group + 8 * (r % 2), elements 4 n (r / 2) + n t ... of it (n elements a register; with 8
+// How the matrices of mma lie in a warp's registers (PTX ISA, "Matrix fragments for mma"). With
+// group = lane / 4 and t = lane % 4:
+//   A: register r holds row group + 8 * (r % 2), elements 4 n (r / 2) + n t ... of it (n elements a
+//   register; with 8
 //      rows r counts chunks of 4 n elements alone);
 //   B: register r holds column group, elements 4 n r + n t ...;
-//   C, D: registers 2 h and 2 h + 1 hold row group + 8 h, columns 2 t and 2 t + 1; of halves register h both.
+//   C, D: registers 2 h and 2 h + 1 hold row group + 8 h, columns 2 t and 2 t + 1; of halves
+//   register h both.
 // So four neighbouring lanes hold 4 n consecutive elements of one row of A or column of B.
 #pragma once
 
@@ -45,7 +47,8 @@ inline void split_rows(const float* rows, uint32_t* even, uint32_t* odd) {
   }
 }
 
-// ---- validity: a row of A taints the row of D, a column of B the column, an element of C the element
+// ---- validity: a row of A taints the row of D, a column of B the column, an element of C the
+// element
 
 // Bit 4 g of the result: all four lanes of group g are set.
 constexpr LaneMask whole_groups(LaneMask lanes) {
@@ -59,8 +62,8 @@ inline LaneMask lanes_of_columns(LaneMask columns, bool odd) {
 }
 
 // Sets the validity of D. kPairs: a register of D holds both columns.
-inline void propagate_mma_validity(Warp& warp, const Instr& instr, LaneMask mask, MmaOperands operands,
-                                   int rows, bool pairs) {
+inline void propagate_mma_validity(Warp& warp, const Instr& instr, LaneMask mask,
+                                   MmaOperands operands, int rows, bool pairs) {
   if (warp.valid == nullptr) return;
   LaneMask all = kFullMask;
   for (int i = 0; i < instr.num_sources; ++i) all &= valid_lanes(warp, instr.source(i));
@@ -77,7 +80,8 @@ inline void propagate_mma_validity(Warp& warp, const Instr& instr, LaneMask mask
   for (int i = 0; i < operands.num_c; ++i) {
     const int half = pairs ? i : i / 2;
     LaneMask row = kFullMask;
-    for (int r = half; r < operands.num_a; r += halves) row &= valid_lanes(warp, operands.a(instr, r));
+    for (int r = half; r < operands.num_a; r += halves)
+      row &= valid_lanes(warp, operands.a(instr, r));
     const LaneMask column = pairs ? even & odd : i % 2 == 0 ? even : odd;
     result[i] = valid_lanes(warp, operands.c(instr, i)) & whole_groups(row) * 15 & column;
   }

@@ -20,7 +20,8 @@ Step move(Warp& warp, const Instr& instr, LaneMask mask) {
   if (mask == kFullMask) {
     std::memmove(dest, source, sizeof(T) * kLanes);
   } else {
-    for (int lane = 0; lane < kLanes; ++lane) dest[lane] = (mask >> lane & 1) ? source[lane] : dest[lane];
+    for (int lane = 0; lane < kLanes; ++lane)
+      dest[lane] = (mask >> lane & 1) ? source[lane] : dest[lane];
   }
   return Step::kNext;
 }
@@ -58,6 +59,19 @@ Step unpack(Warp& warp, const Instr& instr, LaneMask mask) {
   return Step::kNext;
 }
 
+// mov.v2, .v4: element by element, as one.
+template <class T>
+Step move_vector(Warp& warp, const Instr& instr, LaneMask mask) {
+  alignas(64) T values[4][kLanes];
+  for (int i = 0; i < instr.num_dests; ++i) {
+    std::memcpy(values[i], lanes_of<T>(warp, instr.source(i)), sizeof values[i]);
+  }
+  for (int i = 0; i < instr.num_dests; ++i) {
+    store_lanes(dest_lanes<T>(warp, instr.dest(i)), values[i], mask);
+  }
+  return Step::kNext;
+}
+
 Type part_type(Decoding& d, Type whole, int parts) {
   switch (bytes_of(whole) / parts) {
     case 1: return Type::kB8;
@@ -68,7 +82,8 @@ Type part_type(Decoding& d, Type whole, int parts) {
   }
 }
 
-// Whether the packing or unpacking of a whole of these bytes has a handler: .b8 registers are two bytes wide.
+// Whether the packing or unpacking of a whole of these bytes has a handler: .b8 registers are two
+// bytes wide.
 template <template <class, class> class Of>
 Handler vector_handler(Decoding& d, Type whole, Type part) {
   switch (bytes_of(whole) * 16 + bytes_of(part)) {
@@ -109,7 +124,21 @@ void decode_pack(Decoding& d, Type type) {
   d.handler(vector_handler<Pack>(d, type, part), InstrClass::kMove);
 }
 
+void decode_vector(Decoding& d, int count) {
+  const Type type = d.need_type();
+  d.open_vector();
+  for (int i = 0; i < count; ++i) d.dest(type);
+  d.close_vector();
+  d.open_vector();
+  for (int i = 0; i < count; ++i) d.source(type);
+  d.close_vector();
+  d.handler(with_width(d, type, []<class T>(T) -> Handler { return move_vector<T>; }),
+            InstrClass::kMove);
+}
+
 void decode_mov(Decoding& d) {
+  if (d.take(".v2")) return decode_vector(d, 2);
+  if (d.take(".v4")) return decode_vector(d, 4);
   const Type type = d.need_type();
   if (d.next_operand() == OperandText::kVector) return decode_unpack(d, type);
   d.dest(type);

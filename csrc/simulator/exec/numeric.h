@@ -1,4 +1,5 @@
-// Floating-point formats narrower than double, as bits: decoding, and encoding in every rounding mode.
+// Floating-point formats narrower than double, as bits: decoding, and encoding in every rounding
+// mode.
 #pragma once
 
 #include <bit>
@@ -15,8 +16,8 @@ enum class Rounding : uint8_t {
   kNearestAway,
 };
 
-// A format's layout. kMaxFinite, kInfinity and kNan are magnitudes; kInfinity == kNan where the format has no
-// infinity. kNan is the one that instructions write.
+// A format's layout. kMaxFinite, kInfinity and kNan are magnitudes; kInfinity == kNan where the
+// format has no infinity. kNan is the one that instructions write.
 struct F64Format {
   using Bits = uint64_t;
   static constexpr int kBits = 64, kMantissa = 52, kBias = 1023;
@@ -55,8 +56,8 @@ struct E5M2Format {
   static constexpr Bits kMaxFinite = 0x7b, kInfinity = 0x7c, kNan = 0x7f;
 };
 
-// Whether a magnitude between two neighbours goes to the upper: `remainder` of `half * 2` is above the lower, whose
-// last bit is `odd`.
+// Whether a magnitude between two neighbours goes to the upper: `remainder` of `half * 2` is above
+// the lower, whose last bit is `odd`.
 constexpr bool rounds_up(Rounding rounding, bool negative, bool odd, uint64_t remainder,
                          uint64_t half) {
   switch (rounding) {
@@ -69,8 +70,8 @@ constexpr bool rounds_up(Rounding rounding, bool negative, bool odd, uint64_t re
   return false;
 }
 
-// (-1)^negative * significand * 2^exponent in Format. Overflow gives the largest finite value where the mode rounds
-// toward it or `saturate` is set, infinity (NaN in a format without one) elsewhere.
+// (-1)^negative * significand * 2^exponent in Format. Overflow gives the largest finite value where
+// the mode rounds toward it or `saturate` is set, infinity (NaN in a format without one) elsewhere.
 template <class Format>
 constexpr typename Format::Bits encode(bool negative, uint64_t significand, int exponent,
                                        Rounding rounding, bool saturate = false) {
@@ -82,7 +83,8 @@ constexpr typename Format::Bits encode(bool negative, uint64_t significand, int 
   constexpr int kMinExponent = 1 - Format::kBias;
   const int exponent_field = leading > kMinExponent ? leading : kMinExponent;
   const int drop = exponent_field - Format::kMantissa - (leading - 63);
-  uint64_t kept = 0, remainder = 1, half = 2;  // what is far below the last place: neither zero nor half
+  uint64_t kept = 0, remainder = 1,
+           half = 2;  // what is far below the last place: neither zero nor half
   if (drop == 64) {
     remainder = significand, half = uint64_t{1} << 63;
   } else if (drop < 64) {
@@ -91,7 +93,8 @@ constexpr typename Format::Bits encode(bool negative, uint64_t significand, int 
     half = drop == 0 ? 1 : uint64_t{1} << (drop - 1);
   }
   if (rounds_up(rounding, negative, kept & 1, remainder, half)) ++kept;
-  // The implicit bit of a normal number adds one to the exponent field, and so does a carry out of the mantissa.
+  // The implicit bit of a normal number adds one to the exponent field, and so does a carry out of
+  // the mantissa.
   uint64_t bits = kept + (uint64_t(exponent_field + Format::kBias - 1) << Format::kMantissa);
   if (exponent_field > Format::kBias + 1 || bits > Format::kMaxFinite) {
     const bool to_finite = saturate || rounding == Rounding::kZero ||
@@ -111,7 +114,8 @@ inline typename Format::Bits encode(double value, Rounding rounding, bool satura
   if (field == 0x7ff) {
     if (significand != 0) return Format::kNan;
     const uint64_t magnitude = saturate ? Format::kMaxFinite : Format::kInfinity;
-    return static_cast<typename Format::Bits>(uint64_t{negative} << (Format::kBits - 1) | magnitude);
+    return static_cast<typename Format::Bits>(uint64_t{negative} << (Format::kBits - 1) |
+                                              magnitude);
   }
   if (field != 0) significand |= uint64_t{1} << 52;
   return encode<Format>(negative, significand, (field == 0 ? 1 : field) - 1075, rounding, saturate);
@@ -120,7 +124,8 @@ inline typename Format::Bits encode(double value, Rounding rounding, bool satura
 template <class Format>
 constexpr bool is_nan_bits(uint64_t bits) {
   const uint64_t magnitude = bits & ((uint64_t{1} << (Format::kBits - 1)) - 1);
-  return Format::kInfinity == Format::kNan ? magnitude == Format::kNan : magnitude > Format::kInfinity;
+  return Format::kInfinity == Format::kNan ? magnitude == Format::kNan
+                                           : magnitude > Format::kInfinity;
 }
 
 template <class Format>
@@ -136,7 +141,8 @@ inline double decode(uint64_t bits) {
     const int field = int(magnitude >> Format::kMantissa);
     uint64_t significand = magnitude & ((uint64_t{1} << Format::kMantissa) - 1);
     if (field != 0) significand |= uint64_t{1} << Format::kMantissa;
-    value = std::ldexp(double(significand), (field == 0 ? 1 : field) - Format::kBias - Format::kMantissa);
+    value = std::ldexp(double(significand),
+                       (field == 0 ? 1 : field) - Format::kBias - Format::kMantissa);
   }
   return negative ? -value : value;
 }
@@ -147,9 +153,7 @@ inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // NaN results of single-precision instructions are all this one.
-inline float canonical(float value) {
-  return value != value ? float_of(F32Format::kNan) : value;
-}
+inline float canonical(float value) { return value != value ? float_of(F32Format::kNan) : value; }
 // A subnormal as the zero of its sign.
 inline float flush(float value) {
   const uint32_t bits = bits_of(value);
@@ -159,8 +163,8 @@ inline float flush(float value) {
 inline float saturate(float value) { return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f; }
 inline double saturate(double value) { return value > 0.0 ? (value < 1.0 ? value : 1.0) : 0.0; }
 
-// The float with an odd last bit next to an inexact value (round to odd): rounding it once more, to at most 22 bits,
-// gives what rounding the value itself would have given.
+// The float with an odd last bit next to an inexact value (round to odd): rounding it once more, to
+// at most 22 bits, gives what rounding the value itself would have given.
 inline float round_to_odd(double value) {
   const float nearest = static_cast<float>(value);
   const double back = nearest;

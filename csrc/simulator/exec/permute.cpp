@@ -9,8 +9,8 @@
 namespace fused_peft::sim {
 namespace {
 
-// A Boolean function of three bits as a polynomial over GF(2) (Zhegalkin): bit i of `coefficients` says that the
-// product of the inputs in i (a: 4, b: 2, c: 1) takes part in the sum.
+// A Boolean function of three bits as a polynomial over GF(2) (Zhegalkin): bit i of `coefficients`
+// says that the product of the inputs in i (a: 4, b: 2, c: 1) takes part in the sum.
 uint32_t polynomial_of(uint32_t table) {
   for (const uint32_t step : {1u, 2u, 4u}) {
     for (uint32_t i = 0; i < 8; ++i) {

@@ -13,7 +13,22 @@ namespace fused_peft::sim {
 namespace {
 
 // The ordered comparisons, which a NaN makes false, then the unordered ones, which it makes true.
-enum class Compare : uint8_t { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
+enum class Compare : uint8_t {
+  kEq,
+  kNe,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEqu,
+  kNeu,
+  kLtu,
+  kLeu,
+  kGtu,
+  kGeu,
+  kNum,
+  kNan
+};
 
 // What a setp or set does, packed into Instr::variant.
 struct Comparison {
@@ -175,7 +190,8 @@ Step setp_pairs(Warp& warp, const Instr& instr, LaneMask mask) {
 template <class D>
 Step write_set(Warp& warp, const Instr& instr, LaneMask mask, PredicateLanes result, D true_value) {
   D out[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) out[lane] = (result.value >> lane & 1) ? true_value : D(0);
+  for (int lane = 0; lane < kLanes; ++lane)
+    out[lane] = (result.value >> lane & 1) ? true_value : D(0);
   store_lanes(dest_lanes<D>(warp, instr.dest(0)), out, mask);
   set_valid(warp, instr.dest(0), mask, result.valid);
   return Step::kNext;
@@ -186,7 +202,8 @@ template <class T>
 Step set(Warp& warp, const Instr& instr, LaneMask mask) {
   const Comparison what = Comparison::unpack(instr.variant);
   PredicateLanes result = comparison_result<T>(warp, instr, what);
-  if (what.op != BoolOp::kNone) result = combine(what.op, result, predicate_lanes(warp, instr.source(2)));
+  if (what.op != BoolOp::kNone)
+    result = combine(what.op, result, predicate_lanes(warp, instr.source(2)));
   return instr.dest(0).bytes == 2 ? write_set(warp, instr, mask, result, uint16_t(instr.imm))
                                   : write_set(warp, instr, mask, result, uint32_t(instr.imm));
 }
@@ -206,7 +223,8 @@ Step set_pairs(Warp& warp, const Instr& instr, LaneMask mask) {
   uint32_t out[kLanes];
   const auto true_value = uint32_t(instr.imm);
   for (int lane = 0; lane < kLanes; ++lane) {
-    out[lane] = ((tests[0] >> lane & 1) ? true_value : 0) | ((tests[1] >> lane & 1) ? true_value << 16 : 0);
+    out[lane] =
+        ((tests[0] >> lane & 1) ? true_value : 0) | ((tests[1] >> lane & 1) ? true_value << 16 : 0);
   }
   store_lanes(dest_lanes<uint32_t>(warp, instr.dest(0)), out, mask);
   set_valid(warp, instr.dest(0), mask, valid);
@@ -240,13 +258,17 @@ Comparison take_comparison(Decoding& d) {
 // kHandler<T> of the element that `type` compares.
 template <class Fn>
 Handler with_element(Decoding& d, Type type, Comparison what, Fn fn) {
-  if (!is_float(type) && what.compare > Compare::kGe) refuse_malformed(d, "this comparison is for floats");
+  if (!is_float(type) && what.compare > Compare::kGe)
+    refuse_malformed(d, "this comparison is for floats");
   switch (type) {
-    case Type::kB16: case Type::kU16: return fn(uint16_t{});
+    case Type::kB16:
+    case Type::kU16: return fn(uint16_t{});
     case Type::kS16: return fn(int16_t{});
-    case Type::kB32: case Type::kU32: return fn(uint32_t{});
+    case Type::kB32:
+    case Type::kU32: return fn(uint32_t{});
     case Type::kS32: return fn(int32_t{});
-    case Type::kB64: case Type::kU64: return fn(uint64_t{});
+    case Type::kB64:
+    case Type::kU64: return fn(uint64_t{});
     case Type::kS64: return fn(int64_t{});
     case Type::kF32: return fn(float{});
     case Type::kF64: return fn(double{});
@@ -279,10 +301,15 @@ void decode_setp(Decoding& d) {
 // What set writes for true.
 int64_t true_value(Decoding& d, Type type) {
   switch (type) {
-    case Type::kU16: case Type::kS16: case Type::kU32: case Type::kS32: return -1;
+    case Type::kU16:
+    case Type::kS16:
+    case Type::kU32:
+    case Type::kS32: return -1;
     case Type::kF32: return 0x3f800000;
-    case Type::kF16: case Type::kF16x2: return 0x3c00;
-    case Type::kBF16: case Type::kBF16x2: return 0x3f80;
+    case Type::kF16:
+    case Type::kF16x2: return 0x3c00;
+    case Type::kBF16:
+    case Type::kBF16x2: return 0x3f80;
     default: refuse(d, std::string("set to ") + name_of(type));
   }
 }

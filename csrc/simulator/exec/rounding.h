@@ -9,8 +9,9 @@
 
 namespace fused_peft::sim {
 
-// Sets the rounding mode of SSE and AVX arithmetic while it lives. The barriers keep the arithmetic, which reads its
-// operands from memory and stores its results there, between constructor and destructor.
+// Sets the rounding mode of SSE and AVX arithmetic while it lives. The barriers keep the
+// arithmetic, which reads its operands from memory and stores its results there, between
+// constructor and destructor.
 class RoundingScope {
  public:
   explicit RoundingScope(Rounding rounding) : saved_(_mm_getcsr()) {

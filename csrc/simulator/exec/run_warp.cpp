@@ -103,7 +103,7 @@ bool begin_slice(Warp& warp, bool forced) {
 // A predicate that was computed from uninitialised data decides what happens.
 void report_guard(Warp& warp, const Instr& instr, LaneMask lanes, const ValidityPlan::Entry& entry,
                   const uint32_t* registers) {
-  if (instr.num_dests == 0) {
+  if (instr.num_dests == 0 || (instr.flags & kOwnValidity)) {
     warp.cta->launch->checker->report(warp, instr, lanes, FindingKind::kUninitialised,
                                       "its predicate depends on uninitialised data");
   }

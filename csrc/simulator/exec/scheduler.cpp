@@ -30,6 +30,9 @@ constexpr uint32_t kDivergencePatience = 4096;
 constexpr size_t kWindowBytes = size_t{3} << 20;
 constexpr uint32_t kMinWindow = 4, kMaxWindow = 64;
 constexpr uint64_t kGrowAfter = 200'000;
+// So many failed waits (mbarrier.try_wait, nanosleep) without progress, when every warp that can run is in such a
+// loop, are a hang too, long before the budget of instructions is spent.
+constexpr uint64_t kFruitlessYields = 1 << 18;
 
 // Registers and shared memory start with what was there before, on the first use with this: values
 // that are no NaN and far from 0.
@@ -247,6 +250,7 @@ uint64_t Worker::run_turn(CtaSlot& slot) {
       remove_ready(cta, i);
     } else if (end == SliceEnd::kYielded) {
       spent += budget / 16;  // it waits for others, perhaps of another CTA
+      ++yields_;
     }
     blocked = done == 0 ? blocked + 1 : 0;
     if (blocked > 2 * cta.ready.size() + 8) break;
@@ -299,26 +303,36 @@ bool Worker::free_stuck_warps() {
   return any;
 }
 
+// Every warp that can run has ended its last slice with a failed wait.
+bool Worker::all_yield() const {
+  for (const auto& cluster : running_) {
+    for (const Cta* cta : cluster->cluster.ctas) {
+      if (!std::ranges::all_of(cta->ready, &Warp::yielded)) return false;
+    }
+  }
+  return true;
+}
+
 void Worker::check_hang(uint64_t executed) {
   if (progress_ != seen_progress_) {
     seen_progress_ = progress_;
-    without_progress_ = 0;
+    without_progress_ = yields_ = 0;
     shared_progress_ = queue_.progress.fetch_add(1, std::memory_order_relaxed) + 1;
     return;
   }
   const uint64_t before = without_progress_;
   without_progress_ += executed;
-  if (without_progress_ / kGrowAfter != before / kGrowAfter) grow();
-  if (without_progress_ < launch_.options.hang_budget) return;
+  if (without_progress_ / kGrowAfter != before / kGrowAfter && grow()) return;
+  const bool only_waits = yields_ >= kFruitlessYields && !grow() && all_yield();
+  if (without_progress_ < launch_.options.hang_budget && !only_waits) return;
   const uint64_t shared = queue_.progress.load(std::memory_order_relaxed);
   if (shared != shared_progress_) {
     shared_progress_ = shared;
-    without_progress_ = 0;
+    without_progress_ = yields_ = 0;
     return;
   }
   throw LaunchFailure(kErrorLaunchTimeout,
-                      "kernel " + launch_.program->name +
-                          " hangs: " + std::to_string(without_progress_) +
+                      "kernel " + launch_.program->name + " hangs: " + std::to_string(without_progress_) +
                           " warp instructions without a change that another warp could wait for\n" +
                           describe_waiting(running_));
 }

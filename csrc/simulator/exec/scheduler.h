@@ -74,6 +74,7 @@ class Worker {
   CtaSlot* choose_cta();
   bool poll_all();
   bool free_stuck_warps();
+  bool all_yield() const;
   void check_hang(uint64_t executed);
   void resolve_standstill();
 
@@ -90,7 +91,8 @@ class Worker {
   uint64_t progress_ = 0;  // bumped by this worker's handlers
   uint64_t seen_progress_ = 0;
   uint64_t shared_progress_ = 0;  // of all workers, as last seen
-  uint64_t without_progress_ = 0;
+  uint64_t without_progress_ = 0;  // instructions
+  uint64_t yields_ = 0;            // failed waits without progress
   uint64_t clock_ = 0;
   uint64_t barriers_passed_ = 0;
 };

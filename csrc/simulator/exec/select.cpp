@@ -56,7 +56,8 @@ void decode_selp(Decoding& d) {
 void decode_slct(Decoding& d) {
   const bool ftz = d.take(".ftz");
   const Type type = d.need_type(), selector = d.need_type();
-  if (selector != Type::kS32 && selector != Type::kF32) refuse_malformed(d, "slct selects by .s32 or .f32");
+  if (selector != Type::kS32 && selector != Type::kF32)
+    refuse_malformed(d, "slct selects by .s32 or .f32");
   take_operands(d, type, 2);
   d.source(selector);
   const Handler handler = with_width(d, type, [&]<class T>(T) -> Handler {
@@ -97,8 +98,8 @@ Step testp(Warp& warp, const Instr& instr, LaneMask mask) {
 }
 
 void decode_testp(Decoding& d) {
-  constexpr const char* kNames[] = {".finite", ".infinite",   ".number",
-                                    ".notanumber", ".normal", ".subnormal"};
+  constexpr const char* kNames[] = {".finite",     ".infinite", ".number",
+                                    ".notanumber", ".normal",   ".subnormal"};
   uint32_t test = 0;
   while (test < std::size(kNames) && !d.take(kNames[test])) ++test;
   if (test == std::size(kNames)) refuse_malformed(d, "a test is missing");

@@ -1,5 +1,6 @@
 #include "simulator/exec/special.h"
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 
@@ -40,9 +41,9 @@ Step read_high_clock(Warp& warp, const Instr& instr, LaneMask mask) {
 }
 
 constexpr SpecialRegister kSpecials[] = {
-    {"%tid.x", 4, VALUE(thread_of(w, lane) % block(w).x), nullptr},
-    {"%tid.y", 4, VALUE(thread_of(w, lane) / block(w).x % block(w).y), nullptr},
-    {"%tid.z", 4, VALUE(thread_of(w, lane) / block(w).x / block(w).y), nullptr},
+    {"%tid.x", 4, VALUE(thread_of(w, lane) % block(w).x), nullptr, true},
+    {"%tid.y", 4, VALUE(thread_of(w, lane) / block(w).x % block(w).y), nullptr, true},
+    {"%tid.z", 4, VALUE(thread_of(w, lane) / block(w).x / block(w).y), nullptr, true},
     {"%tid.w", 4, VALUE(0), nullptr},
     {"%ntid.x", 4, VALUE(block(w).x), nullptr},
     {"%ntid.y", 4, VALUE(block(w).y), nullptr},
@@ -56,7 +57,7 @@ constexpr SpecialRegister kSpecials[] = {
     {"%nctaid.y", 4, VALUE(grid(w).y), nullptr},
     {"%nctaid.z", 4, VALUE(grid(w).z), nullptr},
     {"%nctaid.w", 4, VALUE(1), nullptr},
-    {"%laneid", 4, VALUE(uint64_t(lane)), nullptr},
+    {"%laneid", 4, VALUE(uint64_t(lane)), nullptr, true},
     {"%warpid", 4, VALUE(w.index), nullptr},
     {"%nwarpid", 4, VALUE(uint64_t(w.cta->launch->device->threads_per_sm) / kLanes), nullptr},
     {"%smid", 4, VALUE(w.cta->sm), nullptr},
@@ -78,11 +79,11 @@ constexpr SpecialRegister kSpecials[] = {
     {"%cluster_nctaid.z", 4, VALUE(cluster(w).z), nullptr},
     {"%cluster_ctarank", 4, VALUE(w.cta->rank), nullptr},
     {"%cluster_nctarank", 4, VALUE(cluster(w).count()), nullptr},
-    {"%lanemask_eq", 4, VALUE(uint64_t{1} << lane), nullptr},
-    {"%lanemask_lt", 4, VALUE((uint64_t{1} << lane) - 1), nullptr},
-    {"%lanemask_le", 4, VALUE((uint64_t{2} << lane) - 1), nullptr},
-    {"%lanemask_gt", 4, VALUE(~((uint64_t{2} << lane) - 1)), nullptr},
-    {"%lanemask_ge", 4, VALUE(~((uint64_t{1} << lane) - 1)), nullptr},
+    {"%lanemask_eq", 4, VALUE(uint64_t{1} << lane), nullptr, true},
+    {"%lanemask_lt", 4, VALUE((uint64_t{1} << lane) - 1), nullptr, true},
+    {"%lanemask_le", 4, VALUE((uint64_t{2} << lane) - 1), nullptr, true},
+    {"%lanemask_gt", 4, VALUE(~((uint64_t{2} << lane) - 1)), nullptr, true},
+    {"%lanemask_ge", 4, VALUE(~((uint64_t{1} << lane) - 1)), nullptr, true},
     {"%total_smem_size", 4, VALUE(w.cta->shared_bytes - kSharedStart), nullptr},
     {"%aggr_smem_size", 4, VALUE(w.cta->shared_bytes), nullptr},
     {"%dynamic_smem_size", 4, VALUE(w.cta->launch->config.dynamic_shared), nullptr},
@@ -116,24 +117,33 @@ std::vector<const SpecialRegister*> resolve_specials(const Program& program) {
   return specials;
 }
 
+namespace {
+
+template <class T>
+void fill_slot(const Warp& warp, const SpecialRegister& special, std::byte* slot) {
+  T* lanes = reinterpret_cast<T*>(slot);
+  if (special.per_lane) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = T(special.value(warp, lane));
+  } else {
+    std::fill_n(lanes, kLanes, T(special.value(warp, 0)));
+  }
+}
+
+}  // namespace
+
 void fill_specials(Warp& warp, const std::vector<const SpecialRegister*>& specials) {
   for (size_t i = 0; i < specials.size(); ++i) {
-    const Operand& slot = warp.program->specials[i].slot;
-    const auto value = specials[i]->value;
-    std::byte* const out = warp.bases[0] + slot.offset;
-    if (slot.bytes == 0) {
-      const LaneMask all = value(warp, 0) ? kFullMask : 0;
-      std::memcpy(out, &all, sizeof all);
-    } else if (slot.bytes == 4) {
-      auto* lanes = reinterpret_cast<uint32_t*>(out);
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = uint32_t(value(warp, lane));
+    const Operand& operand = warp.program->specials[i].slot;
+    std::byte* const slot = warp.bases[0] + operand.offset;
+    if (operand.bytes == 0) {
+      const LaneMask all = specials[i]->value(warp, 0) ? kFullMask : 0;
+      std::memcpy(slot, &all, sizeof all);
+    } else if (operand.bytes == 4) {
+      fill_slot<uint32_t>(warp, *specials[i], slot);
     } else {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const uint64_t v = value(warp, lane);  // little-endian: the low bytes come first
-        std::memcpy(out + lane * slot.bytes, &v, slot.bytes);
-      }
+      fill_slot<uint64_t>(warp, *specials[i], slot);
     }
-    if (warp.valid && slot.reg != kNoRegister) warp.valid[slot.reg] = kFullMask;
+    if (warp.valid && operand.reg != kNoRegister) warp.valid[operand.reg] = kFullMask;
   }
 }
 

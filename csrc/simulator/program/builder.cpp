@@ -136,10 +136,14 @@ void ProgramBuilder::emit(Activation& activation, const InstructionText& text) {
   const DecodeFunction decode = find_opcode(text.opcode);
   InstructionDecoding decoding(*this, activation, text);
   if (!decode) decoding.unsupported("instruction " + std::string(text.opcode));
+  Instr guard;
+  set_guard(activation, text, guard);
   const std::size_t fixups = activation.fixups.size();
   decode(decoding);
   Instr instr = decoding.finish();
-  set_guard(activation, text, instr);
+  instr.guard = guard.guard;
+  instr.guard_reg = guard.guard_reg;
+  instr.guard_negated = guard.guard_negated;
   for (std::size_t i = fixups; i < activation.fixups.size(); ++i) {
     activation.fixups[i].instruction = uint32_t(program_->code.size());
   }

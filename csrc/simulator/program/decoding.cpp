@@ -20,6 +20,7 @@ std::string clean_text(std::string_view text) {
     }
     if (!out.empty() && out.back() != ' ') out += ' ';
   }
+  while (!out.empty() && out.back() == ' ') out.pop_back();
   return out;
 }
 

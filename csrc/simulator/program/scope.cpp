@@ -33,20 +33,16 @@ bool Scope::declare_numbered(std::string_view prefix, uint32_t count, Type type,
 }
 
 const Symbol* Scope::find_numbered(std::string_view name, Frame& frame) {
-  std::size_t digits = name.size();
-  while (digits > 0 && name[digits - 1] >= '0' && name[digits - 1] <= '9') --digits;
-  // "%r1<10>" makes %r10 ... %r19: the prefix may itself end in digits.
+  std::size_t length = name.size();
+  while (length > 0 && name[length - 1] >= '0' && name[length - 1] <= '9') --length;
+  const std::string_view prefix = name.substr(0, length), number = name.substr(length);
+  if (number.empty() || (number.size() > 1 && number[0] == '0')) return nullptr;
   for (const Numbered& numbered : numbered_) {
-    const std::size_t length = numbered.prefix.size();
-    if (length < digits || length >= name.size() || !name.starts_with(numbered.prefix)) continue;
-    const std::string_view number = name.substr(length);
+    if (numbered.prefix != prefix) continue;
     uint32_t index = 0;
     const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), index);
-    if (error != std::errc() || end != number.data() + number.size() || index >= numbered.count)
-      continue;
-    if (number.size() > 1 && number[0] == '0') continue;
-    return &symbols_.emplace(name, make_register(numbered.type, numbered.vector, frame))
-                .first->second;
+    if (error != std::errc() || index >= numbered.count) return nullptr;
+    return &symbols_.emplace(name, make_register(numbered.type, numbered.vector, frame)).first->second;
   }
   return nullptr;
 }

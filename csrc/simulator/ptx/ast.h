@@ -47,7 +47,7 @@ struct Instruction {
   std::string_view guard;   // "" without one
   bool guard_negated = false;
   uint32_t line = 0;
-  std::string_view text;  // guard to semicolon, as written
+  std::string_view text;  // guard to the last operand, as written
 };
 
 enum class Storage : uint8_t { kReg, kGlobal, kConst, kShared, kLocal, kParam };

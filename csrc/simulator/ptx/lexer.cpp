@@ -83,7 +83,8 @@ Token Lexer::next() {
   if (position_ >= text_.size()) return token;
   const char c = text_[position_];
   if (is(c, kDigit)) return number(token);
-  if (is(c, kLetter)) return word(token);
+  const bool remainder = c == '%' && !is(at(position_ + 1), kLetter | kDigit);
+  if (is(c, kLetter) && !remainder) return word(token);
   // ".5" is a number, the ".2d" of an opcode's qualifiers stands right behind a word.
   const bool behind_word = position_ > 0 && is(text_[position_ - 1], kLetter | kDigit);
   if (c == '.' && is(at(position_ + 1), kDigit) && !behind_word)

@@ -49,7 +49,7 @@ void Parser::instruction(Function& function) {
     advance();
   }
   instruction.operands = operand_list(";", 0);
-  instruction.text = std::string_view(start, std::size_t(last_.data() + last_.size() - start));
+  instruction.text = std::string_view(start, std::size_t(last_.data() - start));
   function.body.push_back(
       {StatementKind::kInstruction, instruction.line, uint32_t(ast_.instructions.size()), {}});
   ast_.instructions.push_back(instruction);

@@ -1,6 +1,9 @@
 // Device memory is host memory: allocation registers it, copies are memcpy, streams are in order.
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
 
 #include "simulator/runtime/api.h"
 
@@ -9,6 +12,37 @@ namespace {
 
 // What cudaMalloc aligns to; also the gap behind a buffer, so that running over its end meets no other.
 constexpr size_t kAlignment = 512;
+
+// FUSED_PEFT_SIMULATOR_DUMP names a folder: each buffer's bytes are written to it when the program frees it,
+// as <n>.bin for the n-th allocation.
+class Dump {
+ public:
+  static Dump& get() {
+    static Dump* dump = new Dump;
+    return *dump;
+  }
+  void allocated(const void* address) {
+    const std::lock_guard lock(mutex_);
+    number_[address] = count_++;
+  }
+  void freed(const void* address) {
+    const std::lock_guard lock(mutex_);
+    const auto found = number_.find(address);
+    if (found == number_.end()) return;
+    if (folder_) {
+      const auto bytes = MemoryMap::global().find(address);
+      std::ofstream(std::string(folder_) + "/" + std::to_string(found->second) + ".bin", std::ios::binary)
+          .write(reinterpret_cast<const char*>(bytes.data()), std::streamsize(bytes.size()));
+    }
+    number_.erase(found);
+  }
+
+ private:
+  const char* folder_ = std::getenv("FUSED_PEFT_SIMULATOR_DUMP");
+  std::mutex mutex_;
+  uint64_t count_ = 0;
+  std::map<const void*, uint64_t> number_;
+};
 
 cudaError_t allocate(void** address, size_t bytes, bool initialised) {
   return guarded([&] {
@@ -21,6 +55,7 @@ cudaError_t allocate(void** address, size_t bytes, bool initialised) {
     if (!memory) return cudaErrorMemoryAllocation;
     MemoryMap::global().add(memory, bytes, initialised, "cudaMalloc(" + std::to_string(bytes) + ")");
     *address = memory;
+    Dump::get().allocated(memory);
     return cudaSuccess;
   });
 }
@@ -28,6 +63,7 @@ cudaError_t allocate(void** address, size_t bytes, bool initialised) {
 cudaError_t release(void* address) {
   return guarded([&] {
     if (!address) return cudaSuccess;
+    Dump::get().freed(address);
     if (!MemoryMap::global().remove(address)) return cudaErrorInvalidValue;
     std::free(address);
     return cudaSuccess;

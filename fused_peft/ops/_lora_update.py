@@ -1,0 +1,226 @@
+"""The low-rank update alone, on top of a base output that somebody else computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_peft import reference
+
+from ._common import (
+    KERNEL_DTYPES,
+    MAX_RANK,
+    autocast_dtype,
+    check_dropout,
+    differentiated_otherwise,
+)
+
+
+def update_fallback_reason(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
+    """Why no kernel covers these operands, or None where one does.
+
+    Args:
+        base: ``[..., N]``.
+        x: ``[..., K]``.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+    """
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; kernels exist for: cpu"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"x is {x.dtype}; kernels exist for float32, bfloat16 and float16"
+    if base.dtype != x.dtype:
+        return f"x is {x.dtype} and the base gave {base.dtype}; kernels take one dtype for both"
+    if x.layout != torch.strided or base.layout != torch.strided:
+        return "a sparse operand"
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if factor.dtype != x.dtype and factor.dtype != torch.float32:
+            return f"{name} is {factor.dtype}; kernels take x's dtype or float32"
+    if lora_a.shape[0] > MAX_RANK:
+        return f"the rank is {lora_a.shape[0]}; kernels exist up to {MAX_RANK}"
+    return None
+
+
+def _check_operands(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    if lora_a.dim() != 2 or lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a has shape {tuple(lora_a.shape)}; expected [R, K] with R >= 1")
+    r, k = lora_a.shape
+    if lora_b.dim() != 2 or lora_b.shape[1] != r:
+        raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}; expected [N, {r}]")
+    n = lora_b.shape[0]
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {k}] for lora_a [{r}, {k}]")
+    if base.shape != (*x.shape[:-1], n):
+        raise ValueError(
+            f"base has shape {tuple(base.shape)}; expected {(*x.shape[:-1], n)} for x "
+            f"{tuple(x.shape)} and lora_b [{n}, {r}]"
+        )
+    for name, operand in (("base", base), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if operand.device != x.device:
+            raise ValueError(f"{name} is on {operand.device}; expected {x.device}, where x is")
+
+
+def lora_update(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = base + scaling * (drop(x) lora_a^T) lora_b^T`` in one pass over base.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3, where the
+    product with the weight is not ours to compute: the weight is packed in 4 or 8 bits, say. base
+    is left alone. Gradients exist for base (it is y's), x, lora_a and lora_b. Under autocast x is
+    cast to the autocast dtype; lora_a and lora_b keep theirs.
+
+    Args:
+        base: ``[..., N]``, what the layer computes without the adapter.
+        x: ``[..., K]``, any strides. float32, bfloat16 and float16 in base's dtype run the kernels.
+        lora_a: ``[R, K]`` in x's dtype or float32.
+        lora_b: ``[N, R]`` in x's dtype or float32.
+        scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+        dropout_p: probability that an element of x is dropped before lora_a, in [0, 1).
+        seed: int64 tensor with one element (:func:`new_seed`), needed when ``dropout_p > 0``; the
+            mask is that of :func:`lora_linear`.
+
+    Returns:
+        ``[..., N]`` in base's dtype.
+
+    Raises:
+        ValueError: a shape, device, dropout_p or seed does not fit.
+        RuntimeError: on a second derivative, which the kernels do not have. Inside ``torch.func``
+            transforms and forward-mode AD the plain torch ops run, which have them all.
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x = x.to(dtype)
+    _check_operands(base, x, lora_a, lora_b)
+    check_dropout(dropout_p, seed)
+    if update_fallback_reason(base, x, lora_a, lora_b) is None and not differentiated_otherwise():
+        operands = (base, x, lora_a, lora_b, scaling, dropout_p, seed)
+        if torch.compiler.is_compiling():
+            y, _ = torch.ops.fused_peft.lora_update.default(*operands)
+        elif torch.is_grad_enabled():
+            y = _LoraUpdateFunction.apply(*operands)  # type: ignore[no-untyped-call]
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, _ = torch.ops.fused_peft.lora_update.default(*operands)
+        return y  # type: ignore[no-any-return]
+    return reference.lora_update(
+        base, x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed
+    )
+
+
+# ---- shape functions and autograd ----------------------------------------------------------------
+
+
+def _fake(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1]
+    y = x.new_empty((*rows, lora_b.shape[0]))
+    return y, x.new_empty((*rows, lora_a.shape[0]), dtype=torch.float32)
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dlora_a: bool,
+    need_dlora_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        lora_a.new_empty(lora_a.shape if need_dlora_a else (0,)),
+        lora_b.new_empty(lora_b.shape if need_dlora_b else (0,)),
+    )
+
+
+def _save_for_backward(ctx: Any, operands: tuple[Any, ...], s: Tensor) -> None:
+    _, x, lora_a, lora_b, scaling, dropout_p, seed = operands
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, lora_a, lora_b, s, seed)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    _save_for_backward(ctx, inputs, s)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, torch.ops.fused_peft.lora_update_backward.default)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    x, lora_a, lora_b, s, seed = ctx.saved_tensors  # may run a checkpointed forward
+    need_base, *needs = ctx.needs_input_grad[:4]
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs):
+        found = backward(dy, x, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, *needs)
+        gradients = tuple(
+            gradient if needed else None for gradient, needed in zip(found, needs, strict=True)
+        )
+    return (dy if need_base else None, *gradients, None, None, None)
+
+
+class _LoraUpdateFunction(torch.autograd.Function):
+    """The op's autograd for eager mode, cheaper to call than register_autograd's path."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, s = torch.ops.fused_peft.lora_update.default(*operands)
+        _save_for_backward(ctx, operands, s)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
+            return _backward(ctx, dy)
+        return _gradients(ctx, dy, _backward_op_below_autograd)
+
+
+def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fused_peft.lora_update_backward.default(  # type: ignore[no-any-return]
+            *operands
+        )
+
+
+def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "fused_peft::lora_update has no second derivative; "
+        "fused_peft.reference.lora_update is differentiable any number of times"
+    )
+
+
+torch.library.register_fake("fused_peft::lora_update", _fake)
+torch.library.register_fake("fused_peft::lora_update_backward", _backward_fake)
+torch.library.register_autograd("fused_peft::lora_update", _backward, setup_context=_setup_context)
+torch.library.register_autograd("fused_peft::lora_update_backward", _no_double_backward)

@@ -1,0 +1,75 @@
+"""Other people's CUDA programs, unmodified, under the simulator, against NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_programs import NVCC, build, cutlass, run
+
+from fused_peft import simulator
+
+pytestmark = pytest.mark.skipif(
+    NVCC is None or not simulator.is_available(), reason="no nvcc, so no simulator was built"
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Builds each program once, when first asked for."""
+    folder = tmp_path_factory.mktemp("programs")
+    tutorials = cutlass() / "examples/cute/tutorial"
+    sources = {
+        "cub": (Path(__file__).parent / "cuda/cub_algorithms.cu", "80"),
+        "sgemm_sm80": (tutorials / "sgemm_sm80.cu", "80"),
+        "wgmma_sm90": (tutorials / "hopper/wgmma_sm90.cu", "90a"),
+        "wgmma_tma_sm90": (tutorials / "hopper/wgmma_tma_sm90.cu", "90a"),
+    }
+
+    def get(name):
+        target = folder / name
+        return target if target.exists() else build(sources[name][0], target, sources[name][1])
+
+    return get
+
+
+@pytest.mark.parametrize("n", [128, 10_007])
+def test_cub(programs, tmp_path, n):
+    result = run(programs("cub"), tmp_path, n, device="a100")
+    assert result.code == 0, result.errors
+    assert result.findings == []
+    lines = {line.split()[0]: np.array(line.split()[1:], np.int64) for line in result.output.splitlines()}
+    i = np.arange(n)
+    values = i * 37 % 101 - 50
+    keys = (i.astype(np.uint32) * np.uint32(2654435761)) ^ np.uint32(0x5BD1E995)
+    np.testing.assert_array_equal(lines["reduce"], [values.sum()])
+    np.testing.assert_array_equal(lines["scan"], values.cumsum())
+    np.testing.assert_array_equal(lines["sort"], np.sort(keys))
+    blocks = values[: n // 128 * 128].reshape(-1, 128).sum(1)
+    np.testing.assert_array_equal(lines["blocks"], blocks)
+
+
+def product(run, m, n, k):
+    """A B^T of the program's first two buffers, and its third, column major as the tutorials have it."""
+    a = run.buffer(0, np.float16, (m, k)).astype(np.float64)
+    b = run.buffer(1, np.float16, (n, k)).astype(np.float64)
+    c = run.buffer(2, np.float16, (n, m)).T.astype(np.float64)
+    return a @ b.T, c
+
+
+def relative_error(out, expected):
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+def test_cutlass_sgemm_sm80(programs, tmp_path):
+    m, n, k = 256, 128, 192
+    result = run(programs("sgemm_sm80"), tmp_path, m, n, k, "T", "N", device="a100")
+    assert result.code == 0, result.errors
+    assert result.findings == []
+    expected, c = product(result, m, n, k)
+    # It accumulates in float16: 192 roundings of 2^-11 that add up like a random walk.
+    assert relative_error(c, expected) < 192**0.5 * 2**-11
+    first = result.counters[0]
+    assert first.tensor_flop == 2 * m * n * k
+    assert first.bank_conflicts == 0
