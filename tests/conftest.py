@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import BACKENDS, ISAS, forced
 from distributed_world import World
 from hypothesis import settings
-from kernels import ISAS, forced
 
 # The same draws in every run, so that a failure is the change's own;
 # --hypothesis-profile=default draws others.
@@ -20,6 +20,15 @@ def isa(request):
     """Forces one instruction set, and fills uninitialised memory with NaN."""
     with forced(request.param):
         torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+        yield request.param
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The same, and the CUDA kernels under the simulator."""
+    with forced(request.param):
+        torch.use_deterministic_algorithms(True)
         yield request.param
         torch.use_deterministic_algorithms(False)
 

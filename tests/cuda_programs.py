@@ -29,8 +29,9 @@ def build(source: Path, target: Path, architecture: str) -> Path:
     folder = cutlass()
     subprocess.run(
         [
-            NVCC, "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--no-compress", "-cudart", "shared",
-            "--expt-relaxed-constexpr", f"-I{folder / 'include'}", f"-I{folder / 'tools/util/include'}",
+            NVCC, "-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--no-compress",
+            "-cudart", "shared", "--expt-relaxed-constexpr",
+            f"-I{folder / 'include'}", f"-I{folder / 'tools/util/include'}",
             "-gencode", f"arch=compute_{architecture},code=compute_{architecture}",
             "-o", str(target), str(source),
         ],
@@ -53,13 +54,16 @@ class Run:
         return np.fromfile(self.buffers / f"{number}.bin", dtype).reshape(shape)
 
 
-def run(program: Path, folder: Path, *arguments: object, device: str = "h100", seed: int = 0) -> Run:
+def run(
+    program: Path, folder: Path, *arguments: object, device: str = "h100", seed: int = 0
+) -> Run:
     """Runs a built program with all checks on."""
     report, buffers = folder / "report.json", folder / "buffers"
     done = subprocess.run(
         [
-            sys.executable, "-m", "fused_peft.simulator", "run", "--device", device, "--seed", str(seed),
-            "--json", str(report), "--dump", str(buffers), str(program), *map(str, arguments),
+            sys.executable, "-m", "fused_peft.simulator", "run",
+            "--device", device, "--seed", str(seed), "--json", str(report), "--dump", str(buffers),
+            str(program), *map(str, arguments),
         ],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip

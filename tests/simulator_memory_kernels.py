@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from fused_peft import simulator
 
 LANES = 32
@@ -43,3 +45,12 @@ def launch(ptx: str, args: Sequence[object], threads: int = LANES, **options: in
     simulator.reset()
     simulator.launch(ptx, "k", options.pop("grid", 1), threads, args, **options)
     assert simulator.findings() == []
+
+
+def aligned(data: np.ndarray) -> np.ndarray:
+    """A copy at an address that is a multiple of 256, as cudaMalloc gives."""
+    memory = np.empty(data.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    copy = memory[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
+    copy[...] = data
+    return copy

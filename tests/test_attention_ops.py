@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from backends import ISAS, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import ISAS, forced, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import relative_error
+from backends import relative_error
 from torch import Tensor, nn
 from transformers import DynamicCache
 

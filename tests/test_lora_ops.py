@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS, SIMULATED_CUDA, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import ISAS, forced, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +67,11 @@ def run(fn, t, **kwargs):
     return {"y": y.detach()} | {"d" + name: leaf.grad for name, leaf in leaves.items()}
 
 
+def kernel_dtype(backend):
+    """A dtype that this backend has kernels for, float32 if it can be."""
+    return torch.bfloat16 if backend == SIMULATED_CUDA else torch.float32
+
+
 def exact(t, **kwargs):
     return run(reference.lora_linear, {k: v.double() for k, v in t.items()}, **kwargs)
 
@@ -104,13 +109,13 @@ def assert_no_worse_than_torch(t, **kwargs):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_not_above_plain_torch(isa, shape, dtypes):
+def test_error_is_not_above_plain_torch(backend, shape, dtypes):
     assert_no_worse_than_torch(make(*shape, *DTYPES[dtypes]), scaling=0.7)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 20, 70, 4), (70, 65, 131, 9), (600, 40, 64, 8)], ids=str)
-def test_dropout_matches_the_reference_mask(isa, shape, dtypes):
+def test_dropout_matches_the_reference_mask(backend, shape, dtypes):
     seed = torch.tensor(0x0123456789ABCDEF)
     t = make(*shape, *DTYPES[dtypes])
     assert_no_worse_than_torch(t, scaling=0.7, dropout_p=0.3, seed=seed)
@@ -119,7 +124,7 @@ def test_dropout_matches_the_reference_mask(isa, shape, dtypes):
 @pytest.mark.parametrize(
     "shape", [(79, 77, 172, 12), (12, 51, 163, 23), (492, 79, 69, 16)], ids=str
 )
-def test_a_factor_between_two_floats_is_in_no_element_rounded(isa, shape):
+def test_a_factor_between_two_floats_is_in_no_element_rounded(backend, shape):
     # 1.796 / 0.1 lies in the middle of two floats. The update is also far larger than the rest:
     # the sums of the rest must not each be rounded to its size.
     t = make(*shape, torch.float32, torch.float32)
@@ -127,7 +132,7 @@ def test_a_factor_between_two_floats_is_in_no_element_rounded(isa, shape):
 
 
 @pytest.mark.parametrize("m", [1, 40])
-def test_an_infinite_sum_stays_infinite(isa, m):
+def test_an_infinite_sum_stays_infinite(backend, m):
     one = torch.ones(1, 1)
     x = torch.full((m, 1), float("inf"))
     for scaling in (0.3, 0.7):  # one is below its nearest float, one above
@@ -146,7 +151,7 @@ def test_dropout_mask_against_known_philox_words():
     ]
 
 
-def test_dropout_rate_and_seed(isa):
+def test_dropout_rate_and_seed(backend):
     x = torch.ones(1, 100_000)
     keep = []
     for seed in (1, 2, 1):
@@ -169,24 +174,24 @@ def test_dropout_rate_and_seed(isa):
     k=st.integers(1, 200),
     r=st.integers(1, 40),
     dtypes=st.sampled_from(sorted(DTYPES)),
-    isa=st.sampled_from(ISAS),
+    backend=st.sampled_from(BACKENDS),
     p=st.sampled_from([0.0, 0.0, 0.1, 0.9]),
     scaling=st.sampled_from([1.3, 1.796, 1.834]),
 )
-def test_drawn_problems(m, n, k, r, dtypes, isa, p, scaling):
-    with forced(isa):
+def test_drawn_problems(m, n, k, r, dtypes, backend, p, scaling):
+    with forced(backend):
         t = make(m, n, k, r, *DTYPES[dtypes], seed=m + 7 * n + 13 * k)
         assert_no_worse_than_torch(t, scaling=scaling, dropout_p=p, seed=torch.tensor(99))
 
 
-def test_rank_512_and_leading_dimensions(isa):
+def test_rank_512_and_leading_dimensions(backend):
     assert_no_worse_than_torch(make(20, 30, 40, 512, torch.float32, torch.float32), scaling=0.1)
     assert_no_worse_than_torch(
         make(7, 30, 40, 4, torch.float32, torch.float32, lead=(2, 3)), scaling=1.0
     )
 
 
-def test_no_rows(isa):
+def test_no_rows(backend):
     t = make(0, 6, 8, 2, torch.float32, torch.float32)
     out = run(ops.lora_linear, t, scaling=1.0)
     assert out["y"].shape == (0, 6)
@@ -206,8 +211,9 @@ def test_no_rows(isa):
         lambda x: x.unsqueeze(0).expand(3, *x.shape),
     ],
 )
-def test_strided_x_is_read_right(isa, m, view):
-    t = make(m, 24, 36, 4, torch.float32, torch.float32)
+def test_strided_x_is_read_right(backend, m, view):
+    dtype = kernel_dtype(backend)
+    t = make(m, 24, 36, 4, dtype, dtype)
     x = view(t["x"])
     args = (t["weight"], t["lora_a"], t["lora_b"], t["bias"])
     strided = ops.lora_linear(x, *args, scaling=0.5)
@@ -215,7 +221,7 @@ def test_strided_x_is_read_right(isa, m, view):
 
 
 @pytest.mark.parametrize("m", [4, 40])
-def test_transposed_weight_and_strided_adapters(isa, m):
+def test_transposed_weight_and_strided_adapters(backend, m):
     t = make(m, 24, 36, 4, torch.bfloat16, torch.bfloat16)
     plain = run(ops.lora_linear, t, scaling=0.5)
     t["weight"] = t["weight"].t().contiguous().t()  # as transformers' Conv1D stores it
@@ -268,7 +274,7 @@ def test_same_bits_from_run_to_run_and_for_any_threads(p):
             assert torch.equal(value, other[name]), name
 
 
-def test_infinity_in_an_unrelated_row_stays_there(isa):
+def test_infinity_in_an_unrelated_row_stays_there(backend):
     # Padding of an odd K must not multiply the next row's first element by zero.
     t = make(40, 9, 33, 3, torch.bfloat16, torch.bfloat16)
     t["x"][20] = float("inf")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernels import ISAS, forced, relative_error
+from backends import ISAS, forced, relative_error
 from test_lora_ops import DTYPES, SHAPES, make
 
 from fused_peft import ops, reference

@@ -1,4 +1,4 @@
-"""Atomics of the simulator, on one word by one warp, so the old values show the order of the lanes."""
+"""Atomics of the simulator: one warp on one word, so old values show the order of its lanes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,25 @@ INTEGERS: dict[str, Callable[[int, int, int], int]] = {
     "inc": lambda old, b, n: 0 if old >= b else old + 1,
     "dec": lambda old, b, n: b if old == 0 or old > b else old - 1,
 }
+INTEGER_KINDS = {
+    "add": "us",
+    "min": "us",
+    "max": "us",
+    "and": "b",
+    "or": "b",
+    "xor": "b",
+    "exch": "b",
+}
 INTEGER_FORMS = [
-    (op, kind + size)
-    for op, kinds in [("add", "us"), ("min", "us"), ("max", "us"), ("and", "b"), ("or", "b")]
-    + [("xor", "b"), ("exch", "b")]
-    for kind in kinds
-    for size in ("32", "64")
-] + [("inc", "u32"), ("dec", "u32")]
+    *(
+        (op, kind + size)
+        for op, kinds in INTEGER_KINDS.items()
+        for kind in kinds
+        for size in ("32", "64")
+    ),
+    ("inc", "u32"),
+    ("dec", "u32"),
+]
 
 
 def atomic_body(form: str, space: str, size: int, data_bytes: int, third: str = "") -> str:

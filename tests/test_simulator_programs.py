@@ -39,7 +39,9 @@ def test_cub(programs, tmp_path, n):
     result = run(programs("cub"), tmp_path, n, device="a100")
     assert result.code == 0, result.errors
     assert result.findings == []
-    lines = {line.split()[0]: np.array(line.split()[1:], np.int64) for line in result.output.splitlines()}
+    lines = {
+        line.split()[0]: np.array(line.split()[1:], np.int64) for line in result.output.splitlines()
+    }
     i = np.arange(n)
     values = i * 37 % 101 - 50
     keys = (i.astype(np.uint32) * np.uint32(2654435761)) ^ np.uint32(0x5BD1E995)
@@ -51,7 +53,7 @@ def test_cub(programs, tmp_path, n):
 
 
 def product(run, m, n, k):
-    """A B^T of the program's first two buffers, and its third, column major as the tutorials have it."""
+    """A B^T of the program's first two buffers, and its third, which is column major."""
     a = run.buffer(0, np.float16, (m, k)).astype(np.float64)
     b = run.buffer(1, np.float16, (n, k)).astype(np.float64)
     c = run.buffer(2, np.float16, (n, m)).T.astype(np.float64)

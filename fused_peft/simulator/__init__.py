@@ -18,7 +18,7 @@ from fused_peft.simulator._results import (
     reset,
 )
 from fused_peft.simulator._settings import DEVICES, device, options, use_device
-from fused_peft.simulator._torch import simulated_cuda
+from fused_peft.simulator._torch import has_kernels, kernels_path, simulated_cuda
 
 __all__ = [
     "DEVICES",
@@ -30,7 +30,9 @@ __all__ = [
     "counters",
     "device",
     "findings",
+    "has_kernels",
     "is_available",
+    "kernels_path",
     "launch",
     "library_path",
     "load",

@@ -15,6 +15,30 @@ from fused_peft.ops._devices import set_simulating
 from fused_peft.simulator._library import SimulatorError, library, library_path
 
 
+def kernels_path() -> Path:
+    """The CUDA kernels and their binding, built against the simulator.
+
+    ``FUSED_PEFT_SIMULATED_CUDA_LIBRARY`` names another build of them.
+
+    Raises:
+        SimulatorError: the package was built without the simulator or without CUDA kernels.
+    """
+    override = os.environ.get("FUSED_PEFT_SIMULATED_CUDA_LIBRARY")
+    path = Path(override) if override else library_path().parent / "simulated_cuda.so"
+    if not path.exists():
+        raise SimulatorError(f"{path} does not exist: fused_peft was built without CUDA kernels")
+    return path
+
+
+def has_kernels() -> bool:
+    """Whether :func:`simulated_cuda` can be entered."""
+    try:
+        kernels_path()
+    except SimulatorError:
+        return False
+    return True
+
+
 @functools.cache
 def load_kernels() -> None:
     """Loads the CUDA kernels that were built against the simulator; registers their torch ops.
@@ -23,10 +47,7 @@ def load_kernels() -> None:
         SimulatorError: the package was built without the simulator or without CUDA kernels.
     """
     library()
-    override = os.environ.get("FUSED_PEFT_SIMULATED_CUDA_LIBRARY")
-    path = Path(override) if override else library_path().parent / "simulated_cuda.so"
-    if not path.exists():
-        raise SimulatorError(f"{path} does not exist: fused_peft was built without CUDA kernels")
+    path = kernels_path()
     # Its own symbols first: a CUDA build of torch brings the real runtime's of the same names.
     ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
     torch.ops.load_library(str(path))

@@ -17,6 +17,8 @@ Cta* owner_of(Cta& mine, uint64_t address) {
   return rank <= mine.cluster->ctas.size() ? mine.cluster->ctas[rank - 1] : nullptr;
 }
 
+enum class Mode { kRead, kWrite, kBeginAsync, kEndAsync };
+
 // One access to the shared memory of one CTA.
 struct SharedTouch {
   Checker::State& state;
@@ -24,36 +26,65 @@ struct SharedTouch {
   WarpState& me;
   CtaState& owner;
   bool remote;
-  bool async;
+  Mode mode;
   Stamp now;
   Stamp other{};
   uint64_t race_cell = 0;
   bool races = false;
   bool in_flight = false;
-  bool all_init = true;
+  uint32_t missing = 0;  // not 0: some byte that was read is not initialised
 
-  void touch_cell(uint32_t index, uint32_t mask) {
-    SharedCell& cell = owner.cells[index];
-    if ((cell.in_flight & mask) != 0) in_flight = true;
-    if (access.kind != AccessKind::kWrite) all_init = all_init && (mask & ~cell.init) == 0;
-    if (async) {
-      cell.in_flight |= mask;
-    } else if (access.kind != AccessKind::kRead) {
-      cell.init |= mask;
+  // All cells of these ranges, which lie in the CTA's memory.
+  void touch_runs(const Runs& runs) {
+    SharedCell* cells = owner.cells.data();
+    for (int i = 0; i < runs.count; ++i) {
+      for (uint64_t at = runs.run[i].begin / kCellBytes; at <= (runs.run[i].end() - 1) / kCellBytes; ++at) {
+        __builtin_prefetch(cells + at, 1);
+      }
     }
-    if (state.racecheck) check_race(cell, index, mask);
+    for (int i = 0; i < runs.count; ++i) {
+      for_cells<kCellBytes>(runs.run[i].begin, runs.run[i].bytes, [&](uint64_t index, uint32_t mask) {
+        touch_cell(cells[index], static_cast<uint32_t>(index), mask);
+      });
+    }
+  }
+
+  void touch_cell(SharedCell& cell, uint32_t index, uint32_t mask) {
+    switch (mode) {
+      case Mode::kRead:
+        in_flight |= (cell.in_flight & mask) != 0;
+        missing |= mask & ~cell.init;
+        break;
+      case Mode::kWrite:
+        in_flight |= (cell.in_flight & mask) != 0;
+        missing |= mask & ~cell.init;  // for atomics
+        cell.init |= mask;
+        break;
+      case Mode::kBeginAsync:
+        in_flight |= (cell.in_flight & mask) != 0;
+        cell.in_flight |= mask;
+        break;
+      case Mode::kEndAsync:
+        cell.in_flight &= ~mask;
+        cell.init |= mask;
+        break;
+    }
+    if (!state.racecheck) return;
+    if (cell.interval != owner.interval) {
+      cell.interval = owner.interval;
+      // All earlier stamps of the CTA's own warps lie behind a barrier of all of them.
+      if ((cell.flags & kRemoteTouched) == 0) {
+        if ((cell.flags & kCrowdedCell) != 0) owner.crowded.erase(index);
+        cell.flags = remote ? uint32_t{kRemoteTouched} : 0;
+        cell.slots[0] = {now.who, now.clock, mask, now.what};
+        cell.slots[1].mask = cell.slots[2].mask = 0;
+        return;
+      }
+    }
+    check_race(cell, index, mask);
   }
 
   void check_race(SharedCell& cell, uint32_t index, uint32_t mask) {
-    if (cell.interval != owner.interval) {
-      // All earlier stamps of the CTA's own warps lie behind a barrier of all of them.
-      if ((cell.flags & kRemoteTouched) == 0) {
-        for (Stamp& stamp : cell.slots) stamp.mask = 0;
-        if ((cell.flags & kCrowdedCell) != 0) owner.crowded.erase(index);
-        cell.flags = 0;
-      }
-      cell.interval = owner.interval;
-    }
     if (remote) cell.flags |= kRemoteTouched;
     now.mask = mask;
     const auto knows = [&](uint32_t who, uint32_t clock) { return me.clock.knows_near(who, clock); };
@@ -153,15 +184,11 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
     }
     carried |= inside;
     CtaState& owner = state_of(*cta);
-    SharedTouch touch{*this, access, me, owner, cta != &mine, async,
+    const Mode mode = async ? Mode::kBeginAsync : access.kind == AccessKind::kRead ? Mode::kRead : Mode::kWrite;
+    SharedTouch touch{*this, access, me, owner, cta != &mine, mode,
                       {me.clock.self, me.clock.now, 0, instr.index << 2 | stamp_kind(access)}};
-    const Runs runs(offsets, access.bytes, inside);
-    for (int i = 0; i < runs.count; ++i) {
-      for_cells<kCellBytes>(runs.run[i].begin, runs.run[i].bytes, [&](uint64_t cell, uint32_t mask) {
-        touch.touch_cell(static_cast<uint32_t>(cell), mask);
-      });
-    }
-    if (!touch.all_init) {
+    touch.touch_runs(Runs(offsets, access.bytes, inside));
+    if (touch.missing != 0 && access.kind != AccessKind::kWrite) {
       // An atomic has set the bits; what was missing is not known by lane any more, so all of it is.
       initialised &= ~inside;
       if (access.kind == AccessKind::kRead) {
@@ -288,17 +315,11 @@ void Checker::end_async(Warp& warp, const Instr& instr, const Access& access, La
     left &= ~group;
     Cta* cta = owner_of(*warp.cta, rank << kSharedRankShift);
     CtaState& owner = state_of(*cta);
-    SharedTouch touch{*state_, access, me, owner, cta != warp.cta, false,
+    SharedTouch touch{*state_, access, me, owner, cta != warp.cta, Mode::kEndAsync,
                       {me.clock.self, me.clock.now, 0, instr.index << 2 | kWriteStamp}};
     uint64_t offsets[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) offsets[lane] = access.address[lane] & kOffsetMask;
-    const Runs runs(offsets, access.bytes, group);
-    for (int i = 0; i < runs.count; ++i) {
-      for_cells<kCellBytes>(runs.run[i].begin, runs.run[i].bytes, [&](uint64_t cell, uint32_t mask) {
-        owner.cells[cell].in_flight &= ~mask;
-        touch.touch_cell(static_cast<uint32_t>(cell), mask);
-      });
-    }
+    touch.touch_runs(Runs(offsets, access.bytes, group));
     for (LaneMask tainted = group & ~initialised; tainted != 0; tainted &= tainted - 1) {
       clear_init(owner, offsets[std::countr_zero(tainted)], access.bytes);
     }

@@ -32,7 +32,7 @@ class SpinLock {
   std::atomic_flag flag_;
 };
 
-struct GlobalCell {
+struct alignas(64) GlobalCell {
   Stamp slots[4];
 };
 
@@ -69,7 +69,7 @@ struct BufferShadow {
 
 // ---- shared memory of one CTA
 
-struct SharedCell {
+struct alignas(64) SharedCell {
   uint32_t interval = 0;   // of the CTA when last touched: stamps of earlier ones happened before
   uint32_t init = 0;       // bytes that hold data
   uint32_t in_flight = 0;  // bytes that an asynchronous copy will write

@@ -1,6 +1,7 @@
 // A CTA while it is resident, its cluster, and the launch they belong to.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -104,6 +105,9 @@ class Launch {
   std::mutex mutex;              // of output
   std::string output;            // of printf, flushed to stdout at the end
   uint64_t barriers_passed = 0;  // by CTAs
+  // Of a cooperative launch, what cooperative groups' grid barrier works on: its size and its
+  // state.
+  std::array<uint32_t, 2> grid_workspace{};
 };
 
 // Runs every CTA of the launch to its end. Throws LaunchFailure or Unsupported, with kernel, block,

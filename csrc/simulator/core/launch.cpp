@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "simulator/check/memory_map.h"
 #include "simulator/core/cta.h"
 #include "simulator/exec/scheduler.h"
 
@@ -31,6 +32,26 @@ void add_counts(Launch& launch, const Worker& worker) {
   }
   launch.barriers_passed += worker.barriers_passed();
 }
+
+// Kernels may touch the launch's grid workspace while this lives.
+class GridWorkspace {
+ public:
+  explicit GridWorkspace(Launch& launch)
+      : memory_(launch.config.cooperative ? &launch.grid_workspace : nullptr) {
+    if (!memory_) return;
+    *memory_ = {sizeof *memory_, 0};
+    MemoryMap::global().add(memory_->data(), sizeof *memory_, /*initialised=*/true,
+                            "grid workspace");
+  }
+  ~GridWorkspace() {
+    if (memory_) MemoryMap::global().remove(memory_->data());
+  }
+  GridWorkspace(const GridWorkspace&) = delete;
+  GridWorkspace& operator=(const GridWorkspace&) = delete;
+
+ private:
+  std::array<uint32_t, 2>* memory_;
+};
 
 void run_workers(Launch& launch, LaunchQueue& queue,
                  std::vector<std::unique_ptr<Worker>>& workers) {
@@ -72,6 +93,7 @@ void run_launch(Launch& launch) {
   for (uint32_t i = 0; i < num_workers; ++i) {
     workers.push_back(std::make_unique<Worker>(launch, queue, plan ? &*plan : nullptr, i));
   }
+  const GridWorkspace workspace(launch);
   run_workers(launch, queue, workers);
 }
 

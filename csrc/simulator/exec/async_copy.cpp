@@ -31,28 +31,30 @@ bool lands_early(const Warp& warp, uint64_t number) {
 }
 
 template <uint32_t kBytes>
-void land_whole(Warp& warp, const AsyncCopy& copy, LaneMask lanes) {
+void land_whole(const AsyncCopy& copy, std::byte* const* to, LaneMask lanes) {
   for (LaneMask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
-    std::memcpy(Checker::resolve(warp, Space::kShared, copy.to[lane], lane), copy.from[lane], kBytes);
+    std::memcpy(to[lane], copy.from[lane], kBytes);
   }
 }
 
 void land(Warp& warp, AsyncCopy& copy, LaneMask lanes) {
-  LaneMask whole = lanes & ~copy.landed;
-  for (LaneMask left = copy.partial & whole; left != 0; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    std::byte* to = Checker::resolve(warp, Space::kShared, copy.to[lane], lane);
-    std::memcpy(to, copy.from[lane], copy.filled[lane]);
-    std::memset(to + copy.filled[lane], 0, copy.bytes - copy.filled[lane]);
-  }
-  whole &= ~copy.partial;
-  switch (copy.bytes) {
-    case 4: land_whole<4>(warp, copy, whole); break;
-    case 8: land_whole<8>(warp, copy, whole); break;
-    default: land_whole<16>(warp, copy, whole); break;
-  }
+  lanes &= ~copy.landed;
+  if (lanes == 0) return;
   copy.landed |= lanes;
+  std::byte* to[kLanes];
+  host_addresses(warp, Space::kShared, copy.to.data(), lanes, to);
+  for (LaneMask left = copy.partial & lanes; left != 0; left &= left - 1) {
+    const int lane = std::countr_zero(left);
+    std::memcpy(to[lane], copy.from[lane], copy.filled[lane]);
+    std::memset(to[lane] + copy.filled[lane], 0, copy.bytes - copy.filled[lane]);
+  }
+  const LaneMask whole = lanes & ~copy.partial;
+  switch (copy.bytes) {
+    case 4: return land_whole<4>(copy, to, whole);
+    case 8: return land_whole<8>(copy, to, whole);
+    default: return land_whole<16>(copy, to, whole);
+  }
 }
 
 void complete(Warp& warp, AsyncCopy& copy, LaneMask lanes) {

@@ -1,4 +1,5 @@
-// membar and fence: memory ordering, which only the race checker needs; every access is done at once.
+// membar and fence: memory ordering, which only the race checker needs; every access is done at
+// once.
 #include "simulator/check/checker.h"
 #include "simulator/exec/families.h"
 

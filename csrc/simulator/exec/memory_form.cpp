@@ -81,6 +81,17 @@ void host_addresses(Warp& warp, Space space, const uint64_t* address, LaneMask l
     for (int lane = 0; lane < kLanes; ++lane) host[lane] = reinterpret_cast<std::byte*>(address[lane]);
     return;
   }
+  if (space == Space::kShared) {
+    uint64_t ranks = 0;
+    for (int lane = 0; lane < kLanes; ++lane) ranks |= address[lane] >> kSharedRankShift;
+    if (ranks == 0) {
+      const auto base = reinterpret_cast<uint64_t>(warp.cta->shared);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        host[lane] = reinterpret_cast<std::byte*>(base + address[lane]);
+      }
+      return;
+    }
+  }
   for (LaneMask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     host[lane] = Checker::resolve(warp, space, address[lane], lane);

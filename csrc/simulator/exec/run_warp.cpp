@@ -120,8 +120,8 @@ inline void propagate(LaneMask* valid, const ValidityPlan::Entry& entry, const u
   }
 }
 
-// How much closer an instruction brings the other lanes to their turn: loops around atomics and loads may be waiting
-// for them.
+// How much closer an instruction brings the other lanes to their turn: loops around atomics and
+// loads may be waiting for them.
 uint32_t impatience(InstrClass kind) {
   return kind == InstrClass::kAtomic ? 128 : kind == InstrClass::kLoad ? 8 : 1;
 }

@@ -30,8 +30,8 @@ constexpr uint32_t kDivergencePatience = 4096;
 constexpr size_t kWindowBytes = size_t{3} << 20;
 constexpr uint32_t kMinWindow = 4, kMaxWindow = 64;
 constexpr uint64_t kGrowAfter = 200'000;
-// So many failed waits (mbarrier.try_wait, nanosleep) without progress, when every warp that can run is in such a
-// loop, are a hang too, long before the budget of instructions is spent.
+// So many failed waits (mbarrier.try_wait, nanosleep) without progress, when every warp that can
+// run is in such a loop, are a hang too, long before the budget of instructions is spent.
 constexpr uint64_t kFruitlessYields = 1 << 18;
 
 // Registers and shared memory start with what was there before, on the first use with this: values
@@ -332,7 +332,8 @@ void Worker::check_hang(uint64_t executed) {
     return;
   }
   throw LaunchFailure(kErrorLaunchTimeout,
-                      "kernel " + launch_.program->name + " hangs: " + std::to_string(without_progress_) +
+                      "kernel " + launch_.program->name +
+                          " hangs: " + std::to_string(without_progress_) +
                           " warp instructions without a change that another warp could wait for\n" +
                           describe_waiting(running_));
 }

@@ -90,7 +90,7 @@ class Worker {
   uint64_t started_ = 0;
   uint64_t progress_ = 0;  // bumped by this worker's handlers
   uint64_t seen_progress_ = 0;
-  uint64_t shared_progress_ = 0;  // of all workers, as last seen
+  uint64_t shared_progress_ = 0;   // of all workers, as last seen
   uint64_t without_progress_ = 0;  // instructions
   uint64_t yields_ = 0;            // failed waits without progress
   uint64_t clock_ = 0;

@@ -17,6 +17,13 @@ const Dim3& cluster(const Warp& warp) { return warp.cta->launch->config.cluster;
 const Dim3& ctaid(const Warp& warp) { return warp.cta->index; }
 const Program& program(const Warp& warp) { return *warp.program; }
 
+// The address of the launch's grid workspace, 0 where it is not cooperative: nvcc's cooperative
+// groups read it from %envreg1 (high half) and %envreg2 (cooperative_groups/details/driver_abi.h).
+uint64_t grid_workspace(const Warp& warp) {
+  const Launch& launch = *warp.cta->launch;
+  return launch.config.cooperative ? reinterpret_cast<uint64_t>(launch.grid_workspace.data()) : 0;
+}
+
 #define VALUE(expression) \
   []([[maybe_unused]] const Warp& w, [[maybe_unused]] int lane) -> uint64_t { return (expression); }
 
@@ -92,6 +99,8 @@ constexpr SpecialRegister kSpecials[] = {
     {"%reserved_smem_offset_cap", 4, VALUE(kSharedStart), nullptr},
     {"%reserved_smem_offset_0", 4, VALUE(0), nullptr},
     {"%reserved_smem_offset_1", 4, VALUE(kSharedStart / 2), nullptr},
+    {"%envreg1", 4, VALUE(grid_workspace(w) >> 32), nullptr},
+    {"%envreg2", 4, VALUE(grid_workspace(w) & 0xffffffff), nullptr},
     {"%clock", 4, nullptr, read_clock<uint32_t>},
     {"%clock_hi", 4, nullptr, read_high_clock},
     {"%clock64", 8, nullptr, read_clock<uint64_t>},

@@ -17,7 +17,7 @@ struct SpecialRegister {
   // Otherwise: writes dest(0), which is `bytes` wide. The builder puts such an instruction before
   // every use.
   Handler read;
-  bool per_lane = false;     // the value differs between the lanes of a warp
+  bool per_lane = false;  // the value differs between the lanes of a warp
 };
 
 // nullptr: there is none of this name.

@@ -45,8 +45,11 @@ struct OperandTile {
 struct WgmmaState {
   std::deque<std::vector<WgmmaOperation>> groups;
   std::vector<WgmmaOperation> open;
+  // Registers of D that nobody may look at before the wait count as uninitialised; what they
+  // counted as before.
+  std::vector<std::pair<const Operand*, LaneMask>> hidden;
   uint64_t issued = 0;
-  uint64_t waits = 0;  // wait_group instructions it has come to
+  uint64_t fences = 0, waits = 0;  // wgmma.fence and wait_group instructions that it has come to
   std::map<uint64_t, OperandTile>
       tiles;  // of its warpgroup, by sequence; the first warp's are used
 };

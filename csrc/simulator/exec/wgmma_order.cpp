@@ -36,31 +36,74 @@ T uniform_value(Warp& warp, const Instr& instr, const Operand& operand, LaneMask
   return value;
 }
 
+void hide(Warp& warp, WgmmaState& state, const Instr& instr) {
+  for (int i = 0; warp.valid != nullptr && i < instr.num_dests; ++i) {
+    state.hidden.emplace_back(&instr.dest(i), valid_lanes(warp, instr.dest(i)));
+    set_valid(warp, instr.dest(i), kFullMask, 0);
+  }
+}
+
+void unhide(Warp& warp, WgmmaState& state) {
+  for (; !state.hidden.empty(); state.hidden.pop_back()) {
+    set_valid(warp, *state.hidden.back().first, kFullMask, state.hidden.back().second);
+  }
+}
+
 // Executes the groups but the last `keep`.
 void retire(Warp& warp, WgmmaState& state, size_t keep) {
+  if (state.groups.size() <= keep) return;
+  unhide(warp, state);
   while (state.groups.size() > keep) {
     for (const WgmmaOperation& operation : state.groups.front()) {
       wgmma_form(*operation.instr).execute(warp, operation);
     }
     state.groups.pop_front();
   }
+  for (const auto& group : state.groups) {
+    for (const WgmmaOperation& operation : group) hide(warp, state, *operation.instr);
+  }
+  for (const WgmmaOperation& operation : state.open) hide(warp, state, *operation.instr);
 }
 
-// All warps of the warpgroup that are there have come to their wait number `wait`.
-bool all_wait(Warp& warp, uint64_t wait, std::vector<Warp*>& members) {
+using Count = uint64_t WgmmaState::*;
+
+// All warps of the warpgroup that are there have come to this instruction `times` times.
+bool all_have_come(Warp& warp, Count count, uint64_t times, std::vector<Warp*>& members) {
   Cta& cta = *warp.cta;
   const uint32_t first = warp.index & ~3u;
   for (uint32_t i = first; i < first + 4 && i < cta.warps.size(); ++i) {
     if (cta.warps[i].done()) continue;
-    if (wgmma_of(cta.warps[i]).waits < wait) return false;
+    if (wgmma_of(cta.warps[i]).*count < times) return false;
     members.push_back(&cta.warps[i]);
   }
   return true;
 }
 
+// The warp goes on when the other three have come; `last` is called by the last of them.
+template <class Last>
+Step meet(Warp& warp, Count count, const char* waits_for, Last last) {
+  std::vector<Warp*> members;
+  if (warp.current.arrived) {
+    if (all_have_come(warp, count, warp.current.token, members)) return Step::kNext;
+  } else {
+    warp.current.arrived = true;
+    warp.current.token = ++(wgmma_of(warp).*count);
+    if (all_have_come(warp, count, warp.current.token, members)) {
+      last(members);
+      warp.cta->progressed();
+      return Step::kNext;
+    }
+  }
+  warp.current.waits_for = waits_for;
+  return Step::kBlock;
+}
+
+// The warps wait for one another, as they do on the device (CUTLASS's wgmma_sm90.cu depends on it),
+// but the ISA does not promise that it orders their accesses: for the race check it is no barrier.
 Step fence(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
-  return Step::kNext;
+  if (!warp.current.arrived) check_whole_warp(warp, instr, mask);
+  return meet(warp, &WgmmaState::fences, "the other warps of its warpgroup at wgmma.fence",
+              [](const std::vector<Warp*>&) {});
 }
 
 Step commit_group(Warp& warp, const Instr& instr, LaneMask mask) {
@@ -74,24 +117,13 @@ Step commit_group(Warp& warp, const Instr& instr, LaneMask mask) {
 // The operation is the warpgroup's, so its end is too: after the wait one thread may speak for all
 // four warps.
 Step wait_group(Warp& warp, const Instr& instr, LaneMask mask) {
-  WgmmaState& state = wgmma_of(warp);
   if (!warp.current.arrived) {
     check_whole_warp(warp, instr, mask);
-    retire(warp, state, size_t(instr.imm));
-    warp.current.arrived = true;
-    warp.current.token = ++state.waits;
-    std::vector<Warp*> members;
-    if (all_wait(warp, state.waits, members)) {
-      warp.cta->launch->checker->rendezvous(members);
-      warp.cta->progressed();
-      return Step::kNext;
-    }
-  } else {
-    std::vector<Warp*> members;
-    if (all_wait(warp, warp.current.token, members)) return Step::kNext;
+    retire(warp, wgmma_of(warp), size_t(instr.imm));
   }
-  warp.current.waits_for = "the other warps of its warpgroup at wgmma.wait_group";
-  return Step::kBlock;
+  return meet(
+      warp, &WgmmaState::waits, "the other warps of its warpgroup at wgmma.wait_group",
+      [&](const std::vector<Warp*>& members) { warp.cta->launch->checker->rendezvous(members); });
 }
 
 }  // namespace
@@ -132,8 +164,7 @@ Step issue_wgmma(Warp& warp, const Instr& instr, LaneMask mask) {
     form.execute(warp, operation);
     return Step::kNext;
   }
-  // Until the wait nobody may look at D.
-  for (int i = 0; i < instr.num_dests; ++i) set_valid(warp, instr.dest(i), mask, 0);
+  hide(warp, state, instr);
   state.open.push_back(operation);
   return Step::kNext;
 }
