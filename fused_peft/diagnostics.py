@@ -8,9 +8,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fused_peft import _C, ops
+from fused_peft import _C, ops, simulator
 from fused_peft.nn import LoraLinear, LoraWrappedLinear
 from fused_peft.nn.base_layer import kind_of
+from fused_peft.ops._devices import kernel_device
 
 
 def explain(layer: nn.Module, x: Tensor) -> str:
@@ -89,6 +90,8 @@ def _explain_wrapped(layer: LoraWrappedLinear, x: Tensor) -> str:
 
 def _kernel_path(x: Tensor, names: list[str]) -> str:
     rows = x.numel() // max(1, x.shape[-1])
+    if kernel_device(x)[0] == "cuda":
+        return f"kernel: CUDA ({rows} rows), adapters {names} in one pass"
     path = "dot products, the weight read once" if rows <= 16 else "register tiles"
     return f"kernel: cpu {_C.cpu_isa()}, {path} ({rows} rows), adapters {names} in one pass"
 
@@ -113,6 +116,7 @@ def report() -> str:
         ("compiler", info["compiler"]),
         ("nvcc at build time", "not found" if nvcc.endswith("NOTFOUND") or not nvcc else nvcc),
         ("CUDA architectures built", architectures),
+        ("CUDA simulator", "built" if simulator.is_available() else "not built"),
         ("CPU instruction sets found", ", ".join(found)),
         ("CPU instruction set chosen", f"{_C.cpu_isa()} (FUSED_PEFT_CPU_ISA overrides)"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
@@ -120,6 +124,10 @@ def report() -> str:
         ("op", "served by"),
         ("lora_linear, lora_update and their backward passes", ""),
         *kernels,
+        (
+            f"  lora_linear: cuda bfloat16, float16, r <= {_C.cuda_max_rank}",
+            "CUDA kernels (sm_80 and newer)" if info["cuda_architectures"] else "not built",
+        ),
         (f"  float64, other devices, r > {ops.MAX_RANK}", "fused_peft.reference (torch ops)"),
         ("prefix_attention, prefix_attention_backward", ""),
         *kernels,

@@ -39,7 +39,10 @@ class Layout:
     def descriptor(self) -> int:
         leading, stride = self.strides
         return (
-            self.start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | SWIZZLES[self.swizzle] << 62
+            self.start >> 4
+            | (leading >> 4) << 16
+            | (stride >> 4) << 32
+            | SWIZZLES[self.swizzle] << 62
         )
 
     def place(self, row: int, chunk: int) -> int:

@@ -1,4 +1,4 @@
-"""What a launch asks of a device, special registers, clusters, and the device runtime's functions."""
+"""What a launch asks of a device, special registers, clusters, and functions of the runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def error_of(ptx: str, grid: object, block: object, shared: int = 0, **how: obje
 
 
 @pytest.mark.parametrize(
-    "grid, block, error",
+    ("grid", "block", "error"),
     [
         (1, 1024, None),
         (1, 1025, INVALID_CONFIGURATION),
@@ -44,7 +44,7 @@ def test_launch_dimensions(grid: object, block: object, error: int | None):
 
 
 @pytest.mark.parametrize(
-    "device, most", [("a100", 163), ("rtx4090", 99), ("h100", 227), ("h200", 227)]
+    ("device", "most"), [("a100", 163), ("rtx4090", 99), ("h100", 227), ("h200", 227)]
 )
 def test_shared_memory_of_a_block(device: str, most: int):
     ptx = kernel("", target="sm_80")
@@ -72,7 +72,9 @@ def test_a_target_that_the_device_lacks():
         assert error_of(kernel("", target="sm_90a"), 1, 32) is None
 
 
-@pytest.mark.parametrize("device, sms, threads", [("a100", 108, 2048), ("rtx4090", 128, 1536)])
+@pytest.mark.parametrize(
+    ("device", "sms", "threads"), [("a100", 108, 2048), ("rtx4090", 128, 1536)]
+)
 def test_cooperative_grids_fit_on_the_device(device: str, sms: int, threads: int):
     ptx = kernel("", target="sm_80")
     resident = sms * (threads // 512)
@@ -202,7 +204,7 @@ def test_a_missing_cluster_barrier_is_a_race(barrier: str):
 
 
 @pytest.mark.parametrize(
-    "barrier, text",
+    ("barrier", "text"),
     [
         ("barrier.cluster.wait;", "without barrier.cluster.arrive"),
         ("barrier.cluster.arrive; barrier.cluster.arrive; barrier.cluster.wait;", "a second time"),
@@ -210,7 +212,8 @@ def test_a_missing_cluster_barrier_is_a_race(barrier: str):
 )
 def test_wrong_use_of_the_cluster_barrier(barrier: str, text: str):
     found = launch(kernel(barrier), 2, 32, np.zeros(1, np.uint32), cluster=2)
-    assert found and all(text in f.text for f in found)
+    assert found
+    assert all(text in f.text for f in found)
 
 
 def test_cluster_deadlock():
@@ -246,7 +249,7 @@ def setmaxnreg(producer: int, consumer: int) -> str:
 def test_setmaxnreg_shares_out_the_registers_of_the_block():
     # 168 registers a thread at the start: 40 + 2 x 232 = 3 x 168.
     assert launch(setmaxnreg(40, 232), 1, 384, np.zeros(384, np.uint32)) == []
-    with pytest.raises(simulator.SimulatorError, match="setmaxnreg.dec") as caught:
+    with pytest.raises(simulator.SimulatorError, match=r"setmaxnreg\.dec") as caught:
         launch(setmaxnreg(48, 232), 1, 384, np.zeros(384, np.uint32))
     assert caught.value.code == 702
     found = launch(setmaxnreg(200, 160), 1, 384, np.zeros(384, np.uint32))
@@ -289,7 +292,9 @@ def test_printf(capfd: pytest.CaptureFixture[str]):
 """
     ptx = kernel(
         ".reg .f64 %fd<2>;" + CALL.format(fill=fill).replace("{{", "{").replace("}}", "}"),
-        globals_=VPRINTF + text_global("text", "%03d|%.2f|%5s|%lld|%c|100%%\n") + text_global("word", "abc"),
+        globals_=VPRINTF
+        + text_global("text", "%03d|%.2f|%5s|%lld|%c|100%%\n")
+        + text_global("word", "abc"),
     )
     out = np.zeros(3, np.uint32)
     assert launch(ptx, 1, 3, out) == []

@@ -95,7 +95,8 @@ def test_vote():
             "uni": votes in (0, FULL),
         }.items():
             got = run(
-                condition + f"vote.sync.{mode}.pred %p1, %p0, -1; selp.u32 %r0, 1, 0, %p1;", votes_of
+                condition + f"vote.sync.{mode}.pred %p1, %p0, -1; selp.u32 %r0, 1, 0, %p1;",
+                votes_of,
             )
             np.testing.assert_array_equal(got, np.full(32, expected), err_msg=f"{mode} {votes:x}")
         got = run(condition + "vote.sync.ballot.b32 %r0, %p0, -1;", votes_of)
@@ -113,13 +114,13 @@ def test_match(bits: int):
     got = run(wide + f"match.any.sync.b{bits} %r0, {source}, -1;", values)
     equal = values[:, None] == values[None, :]
     np.testing.assert_array_equal(got, (equal << LANES).sum(1))
-    for values in (np.full(32, 9), values):
+    for column in (np.full(32, 9), values):
         got = run(
             wide + f"match.all.sync.b{bits} %r4|%p0, {source}, -1; selp.u32 %r0, %r4, 5, %p0;"
             " @!%p0 add.u32 %r0, %r0, %r4;",
-            values,
+            column,
         )
-        np.testing.assert_array_equal(got, np.full(32, FULL if len(set(values)) == 1 else 5))
+        np.testing.assert_array_equal(got, np.full(32, FULL if len(set(column)) == 1 else 5))
 
 
 REDUX = {
@@ -236,7 +237,9 @@ def test_exited_lanes_are_not_waited_for():
 
 def test_partial_warp():
     out = np.zeros(20, np.uint32)
-    assert launch(kernel("mov.u32 %r1, 1; redux.sync.add.u32 %r0, %r1, -1;{store}"), 1, 20, out) == []
+    assert (
+        launch(kernel("mov.u32 %r1, 1; redux.sync.add.u32 %r0, %r1, -1;{store}"), 1, 20, out) == []
+    )
     np.testing.assert_array_equal(out, np.full(20, 20))
 
 
@@ -256,8 +259,10 @@ END:
         launch(ptx, 1, 32, np.zeros(1, np.uint32))
     assert caught.value.code == 702
     text = str(caught.value)
-    assert "lanes 4-31: shfl.sync" in text and "(lanes 0-3 are elsewhere)" in text
-    assert "lanes 0-3: vote.sync" in text and "(lanes 4-31 are elsewhere)" in text
+    assert "lanes 4-31: shfl.sync" in text
+    assert "(lanes 0-3 are elsewhere)" in text
+    assert "lanes 0-3: vote.sync" in text
+    assert "(lanes 4-31 are elsewhere)" in text
 
 
 def test_a_lane_outside_its_mask_is_a_finding():
@@ -270,7 +275,9 @@ def test_a_lane_outside_its_mask_is_a_finding():
 def test_uninitialised_values_pass_through_shuffles():
     # Lane 3's value was never computed: only the lane that reads it stores garbage.
     ptx = kernel(
-        "setp.ne.u32 %p0, %l, 3; @%p0 mov.u32 %r1, 1; shfl.sync.down.b32 %r0, %r1, 1, 31, -1;{store}"
+        "setp.ne.u32 %p0, %l, 3; @%p0 mov.u32 %r1, 1;"
+        " shfl.sync.down.b32 %r0, %r1, 1, 31, -1;{store}"
     )
     [found] = launch(ptx, 1, 32, np.zeros(32, np.uint32))
-    assert found.kind == "uninitialised" and found.thread == (2, 0, 0)
+    assert found.kind == "uninitialised"
+    assert found.thread == (2, 0, 0)

@@ -54,7 +54,9 @@ class Case:
         shape = f"m64n{self.n}k{self.k}"
         d = "{" + ", ".join(f"%d{i}" for i in range(self.num_d)) + "}"
         a = "{%a0, %a1, %a2, %a3}" if self.registers else "%desc_a"
-        text = f"wgmma.mma_async.sync.aligned.{shape}{self.suffix}.{types} {d}, {a}, %desc_b, %scale"
+        text = (
+            f"wgmma.mma_async.sync.aligned.{shape}{self.suffix}.{types} {d}, {a}, %desc_b, %scale"
+        )
         if self.d != "s32":
             text += f", {self.scale_a}, {self.scale_b}"
         if self.k == 16:
@@ -152,8 +154,8 @@ def raw_type(d: str) -> tuple[type, type]:
     }[d]
 
 
-def launch(case: Case, a: np.ndarray, b: np.ndarray, c: np.ndarray, body: str = "") -> np.ndarray:
-    """Fragments of D after the body (the instruction alone unless given)."""
+def launch(case: Case, a: np.ndarray, b: np.ndarray, c: np.ndarray, text: str = "") -> np.ndarray:
+    """Fragments of D after the kernel (of the instruction alone unless given)."""
     layout_a, layout_b = layouts(case)
     image = image_of(case, a, b)[START:]
     real, raw = raw_type(case.d)
@@ -175,7 +177,7 @@ def launch(case: Case, a: np.ndarray, b: np.ndarray, c: np.ndarray, body: str = 
         np.uint32(SHARED),
     ]
     simulator.reset()
-    text = kernel(case, body or case.instruction() + "\n  " + WAIT)
+    text = text or kernel(case, case.instruction() + WAIT)
     simulator.launch(text, "k", 1, 128, arguments, SHARED)
     return d
 
@@ -281,7 +283,7 @@ def test_descriptor_inside_a_line(swizzle: int) -> None:
     c = rng.integers(-64, 65, (64, 24)) / 4.0
     advance = "add.u64 %desc_a, %desc_a, 2; add.u64 %desc_b, %desc_b, 2;"
     body = f"\n{advance}\n".join([case.instruction()] * steps) + WAIT
-    got = launch(case, a, b, c, body)
+    got = launch(case, a, b, c, kernel(case, body))
     expected = (real_a @ real_b.T + c).astype(np.float32).view(np.uint32)
     assert np.array_equal(got, fragments_of(expected, "f32"))
     assert simulator.findings() == []
@@ -308,7 +310,7 @@ def test_groups(timing: str) -> None:
     body += "wgmma.wait_group.sync.aligned 1; wgmma.wait_group.sync.aligned 0;"
     for seed in range(4):
         with simulator.options(async_timing=timing, seed=seed):
-            got = launch(case, a, b, c, body)
+            got = launch(case, a, b, c, kernel(case, body))
             assert simulator.findings() == []
         expected = (3 * product + c).astype(np.float32).view(np.uint32)
         assert np.array_equal(got, fragments_of(expected, "f32"))
@@ -320,13 +322,27 @@ def test_a_missing_wait_is_seen() -> None:
     a, b, c, product = operands(case)
     body = case.instruction() + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;"
     with simulator.options(async_timing="late"):
-        got = launch(case, a, b, c, body)
+        got = launch(case, a, b, c, kernel(case, body))
         assert {finding.kind for finding in simulator.findings()} == {"uninitialised"}
     assert np.array_equal(got, fragments_of(c.astype(np.float32).view(np.uint32), "f32"))
     with simulator.options(async_timing="early"):
-        got = launch(case, a, b, c, body)
+        got = launch(case, a, b, c, kernel(case, body))
     expected = (product + c).astype(np.float32).view(np.uint32)
     assert np.array_equal(got, fragments_of(expected, "f32"))
+
+
+def test_fence_waits_for_the_warpgroup_but_orders_nothing() -> None:
+    """Without the barrier all four warps have stored before any multiplies, and it is a race."""
+    case = Case(n=16)
+    a, b, c, product = operands(case)
+    text = kernel(case, case.instruction() + WAIT)
+    assert text.count("bar.sync 0;") == 1
+    expected = fragments_of((product + c).astype(np.float32).view(np.uint32), "f32")
+    for seed in range(8):
+        with simulator.options(seed=seed):
+            got = launch(case, a, b, c, text.replace("bar.sync 0;", ""))
+            assert {finding.kind for finding in simulator.findings()} == {"race"}
+        assert np.array_equal(got, expected)
 
 
 def test_uninitialised_operands_taint_rows_and_columns() -> None:
@@ -339,7 +355,9 @@ def test_uninitialised_operands_taint_rows_and_columns() -> None:
     # Threads skip the 16 bytes of row 37 of A and of row 5 of B, both of their chunks.
     holes = [layout_a.place(37, 0), layout_a.place(37, 1), layout_b.place(5, 1)]
     skips = "".join(f"setp.ne.and.u32 %more, %s, {hole}, %more;\n" for hole in holes)
-    text = text.replace("  st.shared.v4", f"  setp.eq.u32 %more, %s, %s;\n{skips}  @%more st.shared.v4")
+    text = text.replace(
+        "  st.shared.v4", f"  setp.eq.u32 %more, %s, %s;\n{skips}  @%more st.shared.v4"
+    )
     stores = [line for line in text.splitlines() if "st.global" in line]
     tainted = set()
     for i, store in enumerate(stores):

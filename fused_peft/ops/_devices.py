@@ -15,7 +15,7 @@ from fused_peft import _C
 _simulating = False
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
-CUDA_MAX_RANK: int = getattr(_C, "cuda_max_rank", 256)
+CUDA_MAX_RANK: int = _C.cuda_max_rank
 _MIN_CAPABILITY = (8, 0)
 
 

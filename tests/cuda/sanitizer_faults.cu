@@ -261,7 +261,7 @@ KERNEL reader_without_acquire(int* data, int* flag, int* out) {
 KERNEL named_barrier_missing(float* out) {
   __shared__ float tile[64];
   if (threadIdx.x < 64) {
-    tile[threadIdx.x] = float(threadIdx.x);  // or: race
+    tile[threadIdx.x] = float(threadIdx.x);  // expect: race
     asm volatile("bar.arrive 1, 128;" ::: "memory");
   } else {
     if (!FAULTY) asm volatile("bar.sync 1, 128;" ::: "memory");

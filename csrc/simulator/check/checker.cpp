@@ -85,13 +85,14 @@ void Checker::start(Cta& cta) {
     shared = std::make_shared<ClusterState>();
     shared->clocks.warps_per_cta = warps;
     for (const Cta* member : cta.cluster->ctas) shared->clocks.ctas.push_back(member->linear);
+    shared->proxied.resize(shared->clocks.size());
     shared->unfinished = static_cast<uint32_t>(shared->clocks.ctas.size());
     cta.cluster->check = new std::shared_ptr<ClusterState>(shared);
     std::lock_guard hold(state.mutex);
     shared->clocks.id = state.next_cluster++;
   }
   mine->cluster = shared;
-    for (Warp& warp : cta.warps) {
+  for (Warp& warp : cta.warps) {
     auto own = std::make_unique<WarpState>();
     own->clock.cluster = &shared->clocks;
     own->clock.cta = cta.linear;
@@ -204,12 +205,12 @@ void Checker::State::report_race(const Warp& warp, const Instr& instr, LaneMask 
   const bool write = (other.kind() & kWriteStamp) != 0;
   const bool relaxed = (other.kind() & kRelaxedStamp) != 0;
   const Dim3& grid = launch.config.grid;
-  std::string text = std::string(verb(access.kind)) + (shared ? " shared" : " global") +
-                     " memory at " + hex(cell + first) + " with nothing that orders it behind the " +
-                     (relaxed ? "atomic or volatile " : "") + (write ? "write" : "read") +
-                     " by warp " + std::to_string(index) + " of block (" +
-                     std::to_string(cta % grid.x) + "," + std::to_string(cta / grid.x % grid.y) +
-                     "," + std::to_string(cta / grid.x / grid.y) + ")";
+  std::string text =
+      std::string(verb(access.kind)) + (shared ? " shared" : " global") + " memory at " +
+      hex(cell + first) + " with nothing that orders it behind the " +
+      (relaxed ? "atomic or volatile " : "") + (write ? "write" : "read") + " by warp " +
+      std::to_string(index) + " of block (" + std::to_string(cta % grid.x) + "," +
+      std::to_string(cta / grid.x % grid.y) + "," + std::to_string(cta / grid.x / grid.y) + ")";
   if (other.instr() < launch.program->texts.size()) {
     text += ": " + launch.program->texts[other.instr()] + " (" +
             source_of(*launch.program, other.instr()) + ")";

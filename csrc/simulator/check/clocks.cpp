@@ -106,7 +106,8 @@ KnowledgePtr WarpClock::everything() const {
   auto mine = std::make_shared<Knowledge>();
   for (size_t rank = 0; rank < cluster->ctas.size(); ++rank) {
     const uint32_t* row = known.data() + rank * cluster->warps_per_cta;
-    CtaKnowledge entry{cluster->ctas[rank], *std::min_element(row, row + cluster->warps_per_cta), {}};
+    CtaKnowledge entry{
+        cluster->ctas[rank], *std::min_element(row, row + cluster->warps_per_cta), {}};
     for (uint32_t warp = 0; warp < cluster->warps_per_cta; ++warp) {
       if (row[warp] > entry.base) entry.above.emplace_back(warp, row[warp]);
     }

@@ -1,7 +1,8 @@
 // What warps know of one another: vector clocks, dense inside a cluster, sparse across clusters.
 //
-// A warp's own clock counts the times it has let others see what it did (a barrier, a release, a fence). An access
-// is stamped with it; it happened before a warp's present if that warp knows the clock of the one that made it.
+// A warp's own clock counts the times it has let others see what it did (a barrier, a release, a
+// fence). An access is stamped with it; it happened before a warp's present if that warp knows the
+// clock of the one that made it.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,7 @@ struct ClusterClocks {
 struct WarpClock {
   ClusterClocks* cluster = nullptr;
   uint64_t cta = 0;
-  uint32_t self = 0;            // rank * warps_per_cta + index
+  uint32_t self = 0;  // rank * warps_per_cta + index
   uint32_t now = 1;
   std::vector<uint32_t> known;  // of the cluster's warps; of itself too, kept at `now`
   KnowledgePtr others;          // of CTAs outside

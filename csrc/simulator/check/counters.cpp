@@ -53,7 +53,8 @@ bool conflict_free(const uint64_t* address) {
   return (missing & static_cast<uint32_t>(~uint64_t{0} >> (64 - kUnits))) == 0;
 }
 
-// Wavefronts of the lanes [first, first + units) that ask for `unit` bytes each, `offset` behind their addresses.
+// Wavefronts of the lanes [first, first + units) that ask for `unit` bytes each, `offset` behind
+// their addresses.
 uint64_t phase_wavefronts(const uint64_t* address, LaneMask left, uint32_t unit, uint32_t offset) {
   const uint32_t units = 128 / unit;
   // Rows of 128 bytes that the banks deliver; a second one is rare.
@@ -83,9 +84,9 @@ uint64_t phase_wavefronts(const uint64_t* address, LaneMask left, uint32_t unit,
 
 }  // namespace
 
-// 32 banks of 4 bytes. A warp's access takes a wavefront for every distinct word that its most asked-for bank must
-// deliver; lanes that read the same word share it. Accesses of 8 bytes a lane go by half warps, of 16 by
-// quarter warps, which is their ideal.
+// 32 banks of 4 bytes. A warp's access takes a wavefront for every distinct word that its most
+// asked-for bank must deliver; lanes that read the same word share it. Accesses of 8 bytes a lane
+// go by half warps, of 16 by quarter warps, which is their ideal.
 Wavefronts bank_wavefronts(const uint64_t* address, uint32_t bytes, LaneMask lanes) {
   if (lanes == kFullMask) {
     if (bytes == 16 && conflict_free<16>(address)) return {4, 4};
@@ -156,7 +157,8 @@ void Tally::add(const Tally& other) {
 
 namespace {
 
-// 2 m n k of "mma.sync.aligned.m16n8k16..."; 0 where the text has no shape. Of a sparse one k counts as it is written.
+// 2 m n k of "mma.sync.aligned.m16n8k16..."; 0 where the text has no shape. Of a sparse one k
+// counts as it is written.
 uint64_t flop_of(std::string_view text) {
   for (size_t at = text.find(".m"); at != std::string_view::npos; at = text.find(".m", at + 1)) {
     uint64_t flop = 2;
@@ -167,7 +169,8 @@ uint64_t flop_of(std::string_view text) {
         break;
       }
       uint64_t size = 0;
-      for (++next; next < text.size() && std::isdigit(static_cast<unsigned char>(text[next])); ++next) {
+      for (++next; next < text.size() && std::isdigit(static_cast<unsigned char>(text[next]));
+           ++next) {
         size = size * 10 + static_cast<uint64_t>(text[next] - '0');
       }
       flop *= size;
@@ -224,7 +227,8 @@ Counters Checker::counters() const {
     out.shared_wavefronts += at.done;
     out.shared_ideal_wavefronts += at.ideal;
     if (at.done > at.ideal) {
-      out.conflicts.push_back({source_of(program, static_cast<uint32_t>(i)), program.texts[i], at.done, at.ideal});
+      out.conflicts.push_back(
+          {source_of(program, static_cast<uint32_t>(i)), program.texts[i], at.done, at.ideal});
     }
   }
   std::stable_sort(out.conflicts.begin(), out.conflicts.end(), [](const auto& a, const auto& b) {

@@ -1,4 +1,5 @@
-// Global and constant memory: bounds against registered buffers, initialisation, races across the grid, sectors.
+// Global and constant memory: bounds against registered buffers, initialisation, races across the
+// grid, sectors.
 #include <algorithm>
 
 #include "simulator/check/bits.h"
@@ -70,22 +71,24 @@ std::string where(uint64_t address, uint32_t bytes) {
   if (address < kPageBytes) return text + ", a null pointer";
   if (below != nullptr && address - below->start < below->bytes + (uint64_t{1} << 24)) {
     const uint64_t offset = address - below->start;
-    text += offset < below->bytes ? ", which reach over the end of " : ", " + std::to_string(offset - below->bytes) + " bytes behind the end of ";
+    text += offset < below->bytes
+                ? ", which reach over the end of "
+                : ", " + std::to_string(offset - below->bytes) + " bytes behind the end of ";
     return text + below->name + " (" + std::to_string(below->bytes) + " bytes at " +
            hex(below->start) + ")";
   }
   return text + ", which is in no buffer";
 }
 
-// One access to one buffer.
+}  // namespace
+
+// One access to global memory.
 struct GlobalTouch {
   Checker::State& state;
-  Warp& warp;
-  const Instr& instr;
   const Access& access;
   WarpState& me;
   Stamp now;
-  Stamp other;
+  Stamp other{};
   uint64_t race_cell = 0;
   bool races = false;
   bool all_init = true;
@@ -120,9 +123,13 @@ struct GlobalTouch {
     constexpr size_t kMostReads = 192;
     if (!page.reads.empty()) {
       const PageRead& last = page.reads.back();
-      if (last.who == now.who && last.clock == now.clock && last.begin == first && last.end == first + bytes) return;
+      if (last.who == now.who && last.clock == now.clock && last.begin == first &&
+          last.end == first + bytes)
+        return;
     }
-    const PageRead read{now.who, now.clock, static_cast<uint16_t>(first), static_cast<uint16_t>(first + bytes), now.what};
+    if (page.reads.empty()) page.reads.reserve(32);
+    const PageRead read{now.who, now.clock, static_cast<uint16_t>(first),
+                        static_cast<uint16_t>(first + bytes), now.what};
     if (page.reads.size() < kMostReads) {
       page.reads.push_back(read);
       return;
@@ -135,13 +142,15 @@ struct GlobalTouch {
   static void make_cells(GlobalPage& page) {
     page.cells = std::make_unique<GlobalCell[]>(kPageBytes / kCellBytes);
     for (const PageRead& read : page.reads) {
-      for_cells<kCellBytes>(read.begin, uint64_t{read.end} - read.begin, [&](uint64_t index, uint32_t mask) {
-        const auto cell = static_cast<uint32_t>(index);
-        const auto more = [&]() -> std::vector<Stamp>& { return page.crowded[cell]; };
-        const auto knows_nobody = [](uint32_t, uint32_t) { return false; };
-        Stamp none;
-        touch(page.cells[cell].slots, page.crowded.contains(cell), {read.who, read.clock, mask, read.what}, knows_nobody, more, &none);
-      });
+      for_cells<kCellBytes>(
+          read.begin, uint64_t{read.end} - read.begin, [&](uint64_t index, uint32_t mask) {
+            const auto cell = static_cast<uint32_t>(index);
+            const auto more = [&]() -> std::vector<Stamp>& { return page.crowded[cell]; };
+            const auto knows_nobody = [](uint32_t, uint32_t) { return false; };
+            Stamp none;
+            touch(page.cells[cell].slots, page.crowded.contains(cell),
+                  {read.who, read.clock, mask, read.what}, knows_nobody, more, &none);
+          });
     }
     page.reads = {};
   }
@@ -156,7 +165,8 @@ struct GlobalTouch {
     Stamp met;
     if (touch(page.cells[cell].slots, crowded, now, knows, more, &met) && !races) {
       // Two plain writes of the same value are let pass (see Access::data).
-      if (access.kind == AccessKind::kWrite && (met.kind() & kWriteStamp) != 0 && same_value(base + cell * kCellBytes, mask)) {
+      if (access.kind == AccessKind::kWrite && (met.kind() & kWriteStamp) != 0 &&
+          same_value(base + cell * kCellBytes, mask)) {
         return;
       }
       races = true;
@@ -171,16 +181,17 @@ struct GlobalTouch {
     for (LaneMask left = access.lanes; left != 0; left &= left - 1) {
       const int lane = std::countr_zero(left);
       const uint64_t at = access.address[lane];
-      for (uint64_t byte = std::max(at, cell); byte < std::min(at + access.bytes, cell + kCellBytes); ++byte) {
+      for (uint64_t byte = std::max(at, cell);
+           byte < std::min(at + access.bytes, cell + kCellBytes); ++byte) {
         if ((mask >> (byte - cell) & 1) == 0) continue;
-        if (*reinterpret_cast<const std::byte*>(byte) != access.data[lane * access.bytes + (byte - at)]) return false;
+        if (*reinterpret_cast<const std::byte*>(byte) !=
+            access.data[lane * access.bytes + (byte - at)])
+          return false;
       }
     }
     return true;
   }
 };
-
-}  // namespace
 
 LaneMask Checker::State::aligned_lanes(Warp& warp, const Instr& instr, const Access& access) {
   uint64_t bits = 0;
@@ -193,7 +204,8 @@ LaneMask Checker::State::aligned_lanes(Warp& warp, const Instr& instr, const Acc
       bits |= access.address[std::countr_zero(left)];
     }
   }
-  if ((bits & below) == 0) [[likely]] return access.lanes;
+  if ((bits & below) == 0) [[likely]]
+    return access.lanes;
   const LaneMask good = lanes_where(access.address, access.lanes,
                                     [&](uint64_t address) { return (address & below) == 0; });
   const LaneMask bad = access.lanes & ~good;
@@ -206,65 +218,83 @@ LaneMask Checker::State::aligned_lanes(Warp& warp, const Instr& instr, const Acc
   return good;
 }
 
+// Lanes of `left` that are in no buffer: a finding, unless they read the kernel's parameters.
+// Returns lanes dealt with, of which *carried are to be carried out.
+LaneMask Checker::State::access_elsewhere(Warp& warp, const Instr& instr, const Access& access,
+                                          LaneMask left, LaneMask* carried) {
+  const LaneMask first = left & -left;
+  const uint64_t at = access.address[std::countr_zero(left)];
+  if (!memcheck || (access.kind == AccessKind::kRead && in_params(at, access.bytes))) {
+    *carried |= first;
+    return first;
+  }
+  const LaneMask bad = lanes_where(access.address, left, [&](uint64_t address) {
+    return shadow_of(address, access.bytes) == nullptr && !in_params(address, access.bytes);
+  });
+  report(warp, instr, bad | first, FindingKind::kOutOfBounds,
+         std::string(verb(access.kind)) + " " + where(at, access.bytes));
+  return bad | first;
+}
+
+// The lanes of an access that lie in one buffer; returns those whose bytes were all initialised.
+LaneMask Checker::State::access_buffer(BufferShadow& shadow, const Runs& runs, const Access& access,
+                                       LaneMask lanes, GlobalTouch& touch) {
+  touch.all_init = true;
+  for (int i = 0; i < runs.count; ++i) {
+    const Run& run = runs.run[i];
+    for (uint64_t at = run.begin; at < run.end();) {
+      const uint64_t end = std::min(run.end(), (at / kPageBytes + 1) * kPageBytes);
+      touch.touch_page(shadow, at, end - at);
+      at = end;
+    }
+  }
+  Buffer& buffer = *shadow.buffer;
+  LaneMask initialised = lanes;
+  if (!touch.all_init) {
+    initialised = lanes_where(access.address, lanes, [&](uint64_t address) {
+      return buffer.initialised(address, access.bytes);
+    });
+  }
+  if (access.kind != AccessKind::kRead && !buffer.all_initialised()) {
+    for (int i = 0; i < runs.count; ++i)
+      buffer.set_initialised(runs.run[i].begin, runs.run[i].bytes);
+  }
+  return initialised;
+}
+
 LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Access& access,
                                        LaneMask stored, LaneMask* valid) {
   LaneMask left = aligned_lanes(warp, instr, access);
   LaneMask carried = 0;
-  LaneMask initialised = kFullMask;
+  LaneMask initialised = 0;
   uint32_t sectors = 0;
   WarpState& me = state_of(warp);
-  GlobalTouch touch{*this, warp, instr, access, me, {}, {}};
-  touch.now = {me.global_who, me.clock.now, 0, instr.index << 2 | stamp_kind(access)};
+  GlobalTouch touch{*this,
+                    access,
+                    me,
+                    {me.global_who, me.clock.now, 0, stamp_what(instr.index, stamp_kind(access))}};
   // Usually once: all lanes in one buffer.
   while (left != 0) {
-    const int first = std::countr_zero(left);
+    const uint64_t first = access.address[std::countr_zero(left)];
     BufferShadow* shadow = used_by[instr.index].load(std::memory_order_relaxed);
-    if (shadow == nullptr || !shadow->buffer->contains(access.address[first], access.bytes)) {
-      shadow = shadow_of(access.address[first], access.bytes);
+    if (shadow == nullptr || !shadow->buffer->contains(first, access.bytes)) {
+      shadow = shadow_of(first, access.bytes);
       used_by[instr.index].store(shadow, std::memory_order_relaxed);
     }
     if (shadow == nullptr) {
-      const LaneMask lane = LaneMask{1} << first;
-      const bool parameter = access.kind == AccessKind::kRead && in_params(access.address[first], access.bytes);
-      if (memcheck && !parameter) {
-        const LaneMask bad = lanes_where(access.address, left, [&](uint64_t address) {
-          return shadow_of(address, access.bytes) == nullptr && !in_params(address, access.bytes);
-        });
-        report(warp, instr, bad, FindingKind::kOutOfBounds,
-               std::string(verb(access.kind)) + " " + where(access.address[first], access.bytes));
-        left &= ~bad;
-      } else {
-        carried |= lane;
-        left &= ~lane;
-      }
+      const LaneMask done = access_elsewhere(warp, instr, access, left, &carried);
+      initialised |= done;
+      left &= ~done;
       continue;
     }
     const Buffer& buffer = *shadow->buffer;
-    const LaneMask inside = lanes_within(access.address, left, buffer.start, buffer.start + buffer.bytes - access.bytes);
+    const LaneMask inside = lanes_within(access.address, left, buffer.start,
+                                         buffer.start + buffer.bytes - access.bytes);
     carried |= inside;
     left &= ~inside;
     const Runs runs(access.address, access.bytes, inside);
     sectors += count_sectors(runs);
-    touch.all_init = true;
-    for (int i = 0; i < runs.count; ++i) {
-      const Run& run = runs.run[i];
-      for (uint64_t at = run.begin; at < run.end();) {
-        const uint64_t page_end = (at / kPageBytes + 1) * kPageBytes;
-        const uint64_t end = std::min(run.end(), page_end);
-        touch.touch_page(*shadow, at, end - at);
-        at = end;
-      }
-    }
-    if (!touch.all_init) {
-      initialised &= ~inside | lanes_where(access.address, inside, [&](uint64_t address) {
-        return buffer.initialised(address, access.bytes);
-      });
-    }
-    if (access.kind != AccessKind::kRead && !buffer.all_initialised()) {
-      for (int i = 0; i < runs.count; ++i) {
-        shadow->buffer->set_initialised(runs.run[i].begin, runs.run[i].bytes);
-      }
-    }
+    initialised |= access_buffer(*shadow, runs, access, inside, touch);
   }
   if (touch.races) {
     report_race(warp, instr, carried, access, touch.other, false, touch.race_cell);

@@ -8,7 +8,11 @@
 namespace fused_peft::sim {
 
 Buffer::Buffer(uint64_t start, uint64_t bytes, bool initialised, std::string name)
-    : start(start), bytes(bytes), name(std::move(name)), bits_(initialised ? 0 : (bytes + 63) / 64), complete_(initialised) {}
+    : start(start),
+      bytes(bytes),
+      name(std::move(name)),
+      bits_(initialised ? 0 : (bytes + 63) / 64),
+      complete_(initialised) {}
 
 bool Buffer::initialised(uint64_t address, uint64_t count) const {
   return all_initialised() || all_bits(bits_.data(), address - start, count);
@@ -23,7 +27,8 @@ void Buffer::set_initialised(uint64_t address, uint64_t count) {
   // Worker threads may write neighbouring bytes.
   for_words(address - start, count, [&](uint64_t word, uint64_t mask) {
     std::atomic_ref<uint64_t> bits(bits_[word]);
-    if ((mask & ~bits.load(std::memory_order_relaxed)) != 0) bits.fetch_or(mask, std::memory_order_relaxed);
+    if ((mask & ~bits.load(std::memory_order_relaxed)) != 0)
+      bits.fetch_or(mask, std::memory_order_relaxed);
   });
 }
 

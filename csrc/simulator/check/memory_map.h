@@ -40,7 +40,7 @@ class MemoryMap {
  public:
   static MemoryMap& global();
   void add(const void* address, uint64_t bytes, bool initialised, std::string name);
-  bool remove(const void* address);  // false: not the start of a buffer
+  bool remove(const void* address);                            // false: not the start of a buffer
   void mark_initialised(const void* address, uint64_t bytes);  // memset, memcpy to it
   // The buffer that holds the address: its start and size; {nullptr, 0} if none.
   std::span<std::byte> find(const void* address) const;

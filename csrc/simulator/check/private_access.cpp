@@ -37,9 +37,10 @@ LaneMask Checker::State::access_private(Warp& warp, const Instr& instr, const Ac
   if (inside != lanes) {
     const LaneMask bad = lanes & ~inside;
     report(warp, instr, bad, FindingKind::kOutOfBounds,
-           std::string(verb(access.kind)) + " " + std::to_string(access.bytes) + " bytes at offset " +
-               std::to_string(access.address[std::countr_zero(bad)] - base) + " of the thread's " +
-               std::to_string(size) + " bytes of " + (local ? "local memory" : "parameters"));
+           std::string(verb(access.kind)) + " " + std::to_string(access.bytes) +
+               " bytes at offset " + std::to_string(access.address[std::countr_zero(bad)] - base) +
+               " of the thread's " + std::to_string(size) + " bytes of " +
+               (local ? "local memory" : "parameters"));
   }
   LaneMask initialised = initcheck ? 0 : inside;
   if (initcheck) {

@@ -20,7 +20,8 @@ bool replace_reader(Stamp* slots, int count, const Stamp& now) {
   int readers[8];
   uint32_t found = 0;
   for (int i = 0; i < count; ++i) {
-    if ((slots[i].kind() & kWriteStamp) == 0 && (now.mask & ~slots[i].mask) == 0) readers[found++] = i;
+    if ((slots[i].kind() & kWriteStamp) == 0 && (now.mask & ~slots[i].mask) == 0)
+      readers[found++] = i;
   }
   if (found < 2) return false;
   slots[readers[draw(now) % found]] = now;

@@ -1,10 +1,11 @@
 // Who touched 32 bytes of memory last, and whether that happened before the present access.
 //
-// A cell keeps stamps of recent accesses, each with the mask of its bytes, so neighbours that use different bytes of
-// one cell do not disturb each other. An access that comes after another in the order of happens-before and covers its
-// bytes takes its stamp's place: whatever races with the old one races with the new one too (FastTrack, Flanagan and
-// Freund 2009). Concurrent readers of the same bytes beyond the room for them replace one another at random (as in
-// ThreadSanitizer), so a race with one of many may be missed, and none is ever made up.
+// A cell keeps stamps of recent accesses, each with the mask of its bytes, so neighbours that use
+// different bytes of one cell do not disturb each other. An access that comes after another in the
+// order of happens-before and covers its bytes takes its stamp's place: whatever races with the old
+// one races with the new one too (FastTrack, Flanagan and Freund 2009). Concurrent readers of the
+// same bytes beyond the room for them replace one another at random (as in ThreadSanitizer), so a
+// race with one of many may be missed, and none is ever made up.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +15,23 @@ namespace fused_peft::sim {
 
 constexpr uint32_t kCellBytes = 32;
 
-enum StampKind : uint32_t { kReadStamp = 0, kWriteStamp = 1, kRelaxedStamp = 2 };
+// An asynchronous copy's write is marked: it needs no proxy fence.
+enum StampKind : uint32_t { kReadStamp = 0, kWriteStamp = 1, kRelaxedStamp = 2, kAsyncStamp = 4 };
+constexpr uint32_t kStampKindBits = 3;
 
 struct Stamp {
   uint32_t who = 0;    // the warp: in its cluster for shared memory, cta << 5 | warp for global
   uint32_t clock = 0;  // of that warp
   uint32_t mask = 0;   // bytes of the cell; 0: no stamp
-  uint32_t what = 0;   // instruction index << 2 | StampKind
+  uint32_t what = 0;   // instruction index << kStampKindBits | StampKind
 
-  uint32_t kind() const { return what & 3; }
-  uint32_t instr() const { return what >> 2; }
+  uint32_t kind() const { return what & ((1u << kStampKindBits) - 1); }
+  uint32_t instr() const { return what >> kStampKindBits; }
 };
+
+constexpr uint32_t stamp_what(uint32_t instr, uint32_t kind) {
+  return instr << kStampKindBits | kind;
+}
 
 // Two accesses race if one writes and not both are relaxed.
 constexpr bool conflict(uint32_t a, uint32_t b) {
@@ -32,10 +39,12 @@ constexpr bool conflict(uint32_t a, uint32_t b) {
 }
 // Whatever conflicts with `old` conflicts with `now`.
 constexpr bool covers(uint32_t now, uint32_t old) {
-  return (now & kWriteStamp) >= (old & kWriteStamp) && (now & kRelaxedStamp) <= (old & kRelaxedStamp);
+  return (now & kWriteStamp) >= (old & kWriteStamp) &&
+         (now & kRelaxedStamp) <= (old & kRelaxedStamp);
 }
 
-// Puts a read over another one of the same bytes, chosen at random. False: there are not two such slots.
+// Puts a read over another one of the same bytes, chosen at random. False: there are not two such
+// slots.
 bool replace_reader(Stamp* slots, int count, const Stamp& now);
 // Adds to a crowded cell's list.
 void add_stamp(std::vector<Stamp>& more, const Stamp& now);
@@ -51,7 +60,8 @@ inline bool meet(Stamp& old, const Stamp& now, const Knows& knows) {
   return false;
 }
 
-// Records `now` in a cell. Returns true and the other stamp where it races. has_more: the cell's list `more()` is in use.
+// Records `now` in a cell. Returns true and the other stamp where it races. has_more: the cell's
+// list `more()` is in use.
 template <int kSlots, class Knows, class More>
 inline bool touch(Stamp (&slots)[kSlots], bool has_more, const Stamp& now, const Knows& knows,
                   const More& more, Stamp* other) {

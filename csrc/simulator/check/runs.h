@@ -38,7 +38,8 @@ inline LaneMask lanes_following(const uint64_t* address, uint64_t step) {
   return follows;
 }
 
-// Neighbouring lanes that touch neighbouring (or the same) bytes make one range. Ranges may overlap.
+// Neighbouring lanes that touch neighbouring (or the same) bytes make one range. Ranges may
+// overlap.
 struct Runs {
   int count = 0;
   Run run[kLanes];
@@ -77,7 +78,8 @@ struct Runs {
   }
 };
 
-// The cells of kCell bytes that [begin, begin + bytes) touches: visit(cell, mask of its bytes, bit 0 the first).
+// The cells of kCell bytes that [begin, begin + bytes) touches: visit(cell, mask of its bytes, bit
+// 0 the first).
 template <uint32_t kCell, class Visit>
 inline void for_cells(uint64_t begin, uint64_t bytes, Visit visit) {
   constexpr uint32_t kAll = kCell == 32 ? ~0u : (1u << kCell) - 1;
@@ -93,7 +95,8 @@ inline void for_cells(uint64_t begin, uint64_t bytes, Visit visit) {
 }
 
 // Lanes whose address is in [lowest, highest].
-inline LaneMask lanes_within(const uint64_t* address, LaneMask lanes, uint64_t lowest, uint64_t highest) {
+inline LaneMask lanes_within(const uint64_t* address, LaneMask lanes, uint64_t lowest,
+                             uint64_t highest) {
   if (highest < lowest) return 0;
   const uint64_t span = highest - lowest;  // below 2^63
   uint64_t outside = 0;                    // its top bit
@@ -101,7 +104,8 @@ inline LaneMask lanes_within(const uint64_t* address, LaneMask lanes, uint64_t l
     const uint64_t offset = address[lane] - lowest;
     outside |= offset | (span - offset);
   }
-  if (outside >> 63 == 0) [[likely]] return lanes;
+  if (outside >> 63 == 0) [[likely]]
+    return lanes;
   LaneMask inside = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     inside |= LaneMask{address[lane] - lowest <= span} << lane;

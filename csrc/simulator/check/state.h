@@ -45,10 +45,11 @@ struct PageRead {
 
 struct GlobalPage {
   SpinLock lock;
-  uint64_t loaded[kPageBytes / 64] = {};  // a bit a byte: touched by a load, by a store of the launch
+  uint64_t loaded[kPageBytes / 64] =
+      {};  // a bit a byte: touched by a load, by a store of the launch
   uint64_t stored[kPageBytes / 64] = {};
-  // Pages that are only read need no cells: their reads are listed, and become stamps with the first write. Of very
-  // many, a random part is kept.
+  // Pages that are only read need no cells: their reads are listed, and become stamps with the
+  // first write. Of very many, a random part is kept.
   std::vector<PageRead> reads;
   uint32_t reads_seen = 0;
   std::unique_ptr<GlobalCell[]> cells;                       // kPageBytes / kCellBytes of them
@@ -97,7 +98,8 @@ struct Tally {
 
 struct ClusterState {
   ClusterClocks clocks;
-  std::mutex mutex;
+  std::vector<uint32_t>
+      proxied;              // by warp: its clock up to which a proxy fence lies behind its writes
   uint32_t unfinished = 0;  // CTAs
 };
 
@@ -120,27 +122,32 @@ struct LaneStore {
   std::array<uint64_t, kLanes> address;
 };
 
-// The last few of them. A load by another lane of what one of them stored is a race: since Volta lanes need not run
-// in step, and only bar.warp.sync orders them. Any .sync instruction counts here.
+// The last few of them. A load by another lane of what one of them stored is a race: since Volta
+// lanes need not run in step, and only bar.warp.sync orders them. Any .sync instruction counts
+// here.
 struct LaneStores {
   std::array<LaneStore, 8> entries;
   uint32_t count = 0;
 
   void add(const Instr& instr, const Access& access, LaneMask lanes);
   void synchronise(LaneMask lanes);
-  // The store whose data a lane loads that did not store it; nullptr if none. *loaded becomes those lanes.
+  // The store whose data a lane loads that did not store it; nullptr if none. *loaded becomes those
+  // lanes.
   const LaneStore* find(const Access& access, LaneMask lanes, LaneMask* loaded) const;
 };
 
 struct WarpState {
   WarpClock clock;
   uint64_t cta = 0;
-  uint32_t global_who = 0;                // Stamp::who in global memory
-  std::vector<uint64_t> local_init;       // a bit a byte, lane after lane
+  uint32_t global_who = 0;           // Stamp::who in global memory
+  std::vector<uint64_t> local_init;  // a bit a byte, lane after lane
   std::vector<uint64_t> private_init;
   BufferShadow* last_buffer = nullptr;
   LaneStores lane_stores;
 };
+
+struct SharedTouch;
+struct GlobalTouch;
 
 struct Checker::State {
   explicit State(Launch& launch);
@@ -154,7 +161,8 @@ struct Checker::State {
   std::atomic<const ShadowList*> shadow_list{nullptr};
   std::vector<std::unique_ptr<const ShadowList>> shadow_lists;
   std::vector<std::unique_ptr<BufferShadow>> shadows;
-  std::unique_ptr<std::atomic<BufferShadow*>[]> used_by;  // by instruction: the buffer of its last access
+  std::unique_ptr<std::atomic<BufferShadow*>[]>
+      used_by;  // by instruction: the buffer of its last access
 
   std::mutex words_mutex;
   WordClocks words;  // of global memory
@@ -171,16 +179,25 @@ struct Checker::State {
 
   LaneMask access_global(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
                          LaneMask* valid);
+  LaneMask access_elsewhere(Warp& warp, const Instr& instr, const Access& access, LaneMask left,
+                            LaneMask* carried);
+  LaneMask access_buffer(BufferShadow& shadow, const Runs& runs, const Access& access,
+                         LaneMask lanes, GlobalTouch& touch);
   LaneMask access_const(Warp& warp, const Instr& instr, const Access& access, LaneMask* valid);
   LaneMask access_shared(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
                          LaneMask* valid, bool async);
+  LaneMask access_cta(Warp& warp, const Instr& instr, const Access& access, Cta& cta,
+                      const uint64_t* offsets, LaneMask lanes, LaneMask stored, bool async);
+  void count_shared(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes);
+  void report_touch(Warp& warp, const Instr& instr, LaneMask lanes, const SharedTouch& touch);
   LaneMask access_private(Warp& warp, const Instr& instr, const Access& access, LaneMask stored,
                           LaneMask* valid);
   // Whether the bytes lie in the kernel's own parameters, whose generic address cvta.param gives.
   bool in_params(uint64_t address, uint32_t bytes) const;
   // Lanes whose address is a multiple of the access's bytes.
   LaneMask aligned_lanes(Warp& warp, const Instr& instr, const Access& access);
-  void report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad, const Cta* cta);
+  void report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad,
+                            const Cta* cta);
   // Data exchanged between the lanes of a warp.
   void check_lanes(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes);
   void report(const Warp& warp, const Instr& instr, LaneMask lanes, FindingKind kind,
@@ -198,7 +215,7 @@ inline StampKind stamp_kind(const Access& access) {
   return StampKind(write | (access.relaxed ? kRelaxedStamp : 0u));
 }
 
-const char* verb(AccessKind kind);                     // "read of"
+const char* verb(AccessKind kind);  // "read of"
 std::string hex(uint64_t value);
 std::string source_of(const Program& program, uint32_t instr);  // "k.cu:12", "ptx:34"
 

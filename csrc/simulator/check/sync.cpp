@@ -25,8 +25,8 @@ void Checker::drop(SyncVar& variable) {
 
 namespace {
 
-// Every warp of one CTA that has no cluster: afterwards all clocks are equal and all warps know of all
-// others what lies before.
+// Every warp of one CTA that has no cluster: afterwards all clocks are equal and all warps know of
+// all others what lies before.
 void rendezvous_cta(Cta& cta) {
   uint32_t latest = 0;
   KnowledgePtr others, fenced, fenced_near;
@@ -108,6 +108,15 @@ void Checker::fence(Warp& warp, Scope scope) {
   const KnowledgePtr all = clock.everything();
   clock.fenced_near = all;
   if (scope == Scope::kDevice || scope == Scope::kSystem) clock.fenced = all;
+  clock.tick();
+}
+
+void Checker::proxy_fence(Warp& warp) {
+  if (!state_->racecheck) return;
+  WarpClock& clock = state_of(warp).clock;
+  clock.learn_pending();
+  std::vector<uint32_t>& proxied = state_of(*warp.cta).cluster->proxied;
+  for (size_t i = 0; i < proxied.size(); ++i) proxied[i] = std::max(proxied[i], clock.known[i]);
   clock.tick();
 }
 

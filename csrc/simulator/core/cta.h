@@ -59,6 +59,7 @@ class Cta {
   int64_t free_registers = 0;    // of setmaxnreg's pool
   uint64_t* progress = nullptr;  // of the worker that runs this CTA
   uint64_t* clock = nullptr;     // the same; %clock64
+  std::shared_ptr<void> mbarriers;  // exec/mbarrier.h: the mbarrier objects in its shared memory
   void* check = nullptr;         // the sanitizers' own state of this CTA
 
   // Something that another warp may wait for has happened: memory that others see has changed, a

@@ -11,8 +11,8 @@ struct SyntaxError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// PTX that the simulator does not implement: an instruction, a qualifier, a runtime call. what() names it and
-// the source line. Nothing is ever skipped in silence.
+// PTX that the simulator does not implement: an instruction, a qualifier, a runtime call. what()
+// names it and the source line. Nothing is ever skipped in silence.
 struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

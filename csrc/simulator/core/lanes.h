@@ -1,7 +1,7 @@
 // Handlers of elementwise instructions from a function of one lane.
 //
-// All 32 lanes are computed into a buffer (so the loop vectorises) and the lanes of the mask stored; the
-// function must therefore bear any input (no trap on a division by zero).
+// All 32 lanes are computed into a buffer (so the loop vectorises) and the lanes of the mask
+// stored; the function must therefore bear any input (no trap on a division by zero).
 #pragma once
 
 #include <tuple>

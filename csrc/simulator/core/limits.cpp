@@ -22,7 +22,9 @@ constexpr uint32_t kRegisterUnit = 8;
 constexpr uint32_t kMaxRegisters = 255;
 
 std::string text_of(const Dim3& d) {
-  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  std::string text = "(";
+  text += std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  return text;
 }
 
 uint64_t shared_of(const Program& program, uint32_t dynamic_shared) {

@@ -62,9 +62,9 @@ class Warp {
   LaneMask cluster_odd = 0;      // of those: the parity of the generation they arrived at
   uint32_t registers = 0;        // per thread, as setmaxnreg left it
   bool stuck = false;  // no split of it can run and all wait: aligned barriers make do with a part
-  void* check = nullptr;  // the sanitizers' own state of this warp
-  std::shared_ptr<void> async;    // cp.async and bulk groups of this warp's lanes
-  std::shared_ptr<void> wgmma;    // wgmma operations that it has issued and not waited for
+  void* check = nullptr;        // the sanitizers' own state of this warp
+  std::shared_ptr<void> async;  // cp.async and bulk groups of this warp's lanes
+  std::shared_ptr<void> wgmma;  // wgmma operations that it has issued and not waited for
 
   bool done() const { return exited == existing; }
   LaneMask alive() const { return existing & ~exited; }

@@ -12,7 +12,8 @@ uint64_t window_of(const Warp& warp, Space space, uint64_t address) {
     case Space::kShared: return kSharedWindow;
     case Space::kLocal: return kLocalWindow;
     case Space::kParam:
-      // Of an entry function's parameters. A callee's lie in the thread's own memory, with no generic address.
+      // Of an entry function's parameters. A callee's lie in the thread's own memory, with no
+      // generic address.
       return address >= kCalleeParam
                  ? 0
                  : reinterpret_cast<uint64_t>(warp.cta->launch->config.params.data());
@@ -57,7 +58,14 @@ void decode_cvta(Decoding& d) {
   }
 }
 
-enum SpaceTest : uint32_t { kIsGlobal, kIsLocal, kIsSharedCta, kIsSharedCluster, kIsConst, kIsParam };
+enum SpaceTest : uint32_t {
+  kIsGlobal,
+  kIsLocal,
+  kIsSharedCta,
+  kIsSharedCluster,
+  kIsConst,
+  kIsParam
+};
 
 bool lies_in(const Warp& warp, uint32_t test, uint64_t address) {
   const std::vector<std::byte>& params = warp.cta->launch->config.params;
@@ -74,7 +82,8 @@ bool lies_in(const Warp& warp, uint32_t test, uint64_t address) {
       return space == Space::kShared && (rank == 0 || rank - 1 == warp.cta->rank);
     }
     case kIsParam: return param;
-    default: return false;  // constant variables are told from global ones by their instructions only
+    default:
+      return false;  // constant variables are told from global ones by their instructions only
   }
 }
 
@@ -89,13 +98,14 @@ Step is_space(Warp& warp, const Instr& instr, LaneMask mask) {
 }
 
 void decode_isspacep(Decoding& d) {
-  const std::string_view space = d.take_one({".global", ".local", ".shared", ".shared::cta",
-                                             ".shared::cluster", ".const", ".param", ".param::entry"});
+  const std::string_view space =
+      d.take_one({".global", ".local", ".shared", ".shared::cta", ".shared::cluster", ".const",
+                  ".param", ".param::entry"});
   if (space.empty()) d.malformed("isspacep needs a state space");
   if (space == ".const") d.unsupported("isspacep.const");
-  d.instr().variant = space == ".global"            ? kIsGlobal
-                      : space == ".local"           ? kIsLocal
-                      : space == ".shared::cluster" ? kIsSharedCluster
+  d.instr().variant = space == ".global"             ? kIsGlobal
+                      : space == ".local"            ? kIsLocal
+                      : space == ".shared::cluster"  ? kIsSharedCluster
                       : space.starts_with(".shared") ? kIsSharedCta
                                                      : kIsParam;
   d.dest(Type::kPred);
@@ -105,7 +115,8 @@ void decode_isspacep(Decoding& d) {
 
 constexpr uint64_t kRankMask = uint64_t{0xff} << kSharedRankShift;
 
-// The same place in the shared memory of the CTA of another rank. T is 64 bits wide for generic addresses too.
+// The same place in the shared memory of the CTA of another rank. T is 64 bits wide for generic
+// addresses too.
 template <class T>
 Step map_address(Warp& warp, const Instr& instr, LaneMask mask) {
   const T* from = lanes_of<T>(warp, instr.source(0));
@@ -113,8 +124,8 @@ Step map_address(Warp& warp, const Instr& instr, LaneMask mask) {
   T* to = dest_lanes<T>(warp, instr.dest(0));
   for (LaneMask left = mask; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
-    to[lane] = static_cast<T>((from[lane] & ~static_cast<T>(kRankMask)) |
-                              (uint64_t{rank[lane]} + 1) << kSharedRankShift);
+    to[lane] = static_cast<T>((from[lane] & ~static_cast<T>(kRankMask)) | (uint64_t{rank[lane]} + 1)
+                                                                              << kSharedRankShift);
   }
   return Step::kNext;
 }

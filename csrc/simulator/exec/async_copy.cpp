@@ -1,7 +1,7 @@
 // cp.async, commit_group, wait_group and wait_all (PTX ISA 9.7.9.25).
 //
-// A copy is in flight until the lane that issued it waits for its group. When within that time the data really moves is
-// Options::async_timing's.
+// A copy is in flight until the lane that issued it waits for its group. When within that time the
+// data really moves is Options::async_timing's.
 #include "simulator/exec/async_copy.h"
 
 #include <algorithm>
@@ -24,7 +24,8 @@ struct CopyForm {
 
 bool lands_early(const Warp& warp, uint64_t number) {
   const Options& options = warp.cta->launch->options;
-  if (options.async_timing != AsyncTiming::kRandom) return options.async_timing == AsyncTiming::kEarly;
+  if (options.async_timing != AsyncTiming::kRandom)
+    return options.async_timing == AsyncTiming::kEarly;
   uint64_t hash = options.seed * 0x9e3779b97f4a7c15u + warp.uid * 0xbf58476d1ce4e5b9u + number;
   hash = (hash ^ (hash >> 31)) * 0x94d049bb133111ebu;
   return (hash >> 60 & 1) != 0;
@@ -78,9 +79,10 @@ void complete_below(Warp& warp, LaneMask mask, const uint64_t* end) {
   while (!async.copies.empty() && async.copies.front().lanes == 0) async.copies.pop_front();
 }
 
-// Checks the reads of global memory; lanes with one number of bytes at a time. Returns the lanes that may go on.
-LaneMask check_sources(Warp& warp, const Instr& instr, const AsyncCopy& copy, const uint64_t* address,
-                       LaneMask mask, LaneMask* initialised) {
+// Checks the reads of global memory; lanes with one number of bytes at a time. Returns the lanes
+// that may go on.
+LaneMask check_sources(Warp& warp, const Instr& instr, const AsyncCopy& copy,
+                       const uint64_t* address, LaneMask mask, LaneMask* initialised) {
   Checker& checker = *warp.cta->launch->checker;
   LaneMask good = 0;
   *initialised = 0;
@@ -92,7 +94,8 @@ LaneMask check_sources(Warp& warp, const Instr& instr, const AsyncCopy& copy, co
     mask &= ~same;
     LaneMask valid = same;
     if (bytes != 0) {
-      const Access access{Space::kGlobal, AccessKind::kRead, bytes, same, address, false, nullptr, copy.bytes};
+      const Access access{Space::kGlobal, AccessKind::kRead, bytes,     same, address,
+                          false,          nullptr,           copy.bytes};
       same = checker.access(warp, instr, access, 0, &valid);
     }
     good |= same;
@@ -127,7 +130,8 @@ LaneMask set_filled(const Warp& warp, const Instr& instr, const CopyForm& form, 
 LaneMask lanes_of_group(const WarpAsync& async, LaneMask mask) {
   const uint64_t group = async.committed[std::countr_zero(mask)];
   LaneMask lanes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) lanes |= LaneMask{async.committed[lane] == group} << lane;
+  for (int lane = 0; lane < kLanes; ++lane)
+    lanes |= LaneMask{async.committed[lane] == group} << lane;
   return lanes & mask;
 }
 
@@ -147,7 +151,8 @@ Step copy_async(Warp& warp, const Instr& instr, LaneMask mask) {
     lane_addresses(warp, instr.source(0), form.to_offset, copy.to.data());
     uint64_t from[kLanes];
     lane_addresses(warp, instr.source(1), instr.imm, from);
-    for (int lane = 0; lane < kLanes; ++lane) copy.from[lane] = reinterpret_cast<const std::byte*>(from[lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      copy.from[lane] = reinterpret_cast<const std::byte*>(from[lane]);
     const LaneMask known = set_filled(warp, instr, form, copy) & valid_guard(warp, instr);
     LaneMask initialised = 0;
     lanes = check_sources(warp, instr, copy, from, lanes, &initialised);

@@ -33,7 +33,8 @@ T exchange_shared(std::byte* at, T b, T c, bool* changed) {
     T* word = reinterpret_cast<T*>(at);
     T old = __atomic_load_n(word, __ATOMIC_RELAXED);
     T result = Op::apply(old, b, c);
-    while (!__atomic_compare_exchange_n(word, &old, result, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(word, &old, result, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_RELAXED)) {
       result = Op::apply(old, b, c);
     }
     if (result != old) *changed = true;
@@ -80,7 +81,8 @@ Step atomic(Warp& warp, const Instr& instr, LaneMask mask) {
       }
     }
     for (LaneMask left = lanes & ~good; left != 0 && instr.num_dests > 0; left &= left - 1) {
-      for (int i = 0; i < vector; ++i) dest_lanes<T>(warp, instr.dest(i))[std::countr_zero(left)] = T{};
+      for (int i = 0; i < vector; ++i)
+        dest_lanes<T>(warp, instr.dest(i))[std::countr_zero(left)] = T{};
     }
     for (LaneMask left = good; left != 0; left &= left - 1) {
       checker.acquire_at(warp, space, address[std::countr_zero(left)], form.scope, form.acquire);
@@ -95,7 +97,7 @@ Step atomic(Warp& warp, const Instr& instr, LaneMask mask) {
 struct Row {
   std::string_view op;
   Type type;
-  Handler handler;         // in global memory, and where nothing depends on the space
+  Handler handler;  // in global memory, and where nothing depends on the space
   Handler in_shared = nullptr;
 };
 
@@ -177,7 +179,8 @@ void decode_atomic(Decoding& d) {
   take_order(d, form);
   form.relaxed = true;
   form.space = take_space(d);
-  const std::string_view op = d.take_one({".and", ".or", ".xor", ".cas", ".exch", ".add", ".inc", ".dec", ".min", ".max"});
+  const std::string_view op =
+      d.take_one({".and", ".or", ".xor", ".cas", ".exch", ".add", ".inc", ".dec", ".min", ".max"});
   d.take(".noftz");
   const bool policy = d.take(".L2::cache_hint");
   form.vector = take_vector(d);

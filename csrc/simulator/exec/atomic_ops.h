@@ -15,27 +15,39 @@ struct Bits128 {
 
 struct Exchange {
   template <class T>
-  static T apply(T, T b, T) { return b; }
+  static T apply(T, T b, T) {
+    return b;
+  }
 };
 struct CompareSwap {
   template <class T>
-  static T apply(T old, T b, T c) { return old == b ? c : old; }
+  static T apply(T old, T b, T c) {
+    return old == b ? c : old;
+  }
 };
 struct And {
   template <class T>
-  static T apply(T old, T b, T) { return old & b; }
+  static T apply(T old, T b, T) {
+    return old & b;
+  }
 };
 struct Or {
   template <class T>
-  static T apply(T old, T b, T) { return old | b; }
+  static T apply(T old, T b, T) {
+    return old | b;
+  }
 };
 struct Xor {
   template <class T>
-  static T apply(T old, T b, T) { return old ^ b; }
+  static T apply(T old, T b, T) {
+    return old ^ b;
+  }
 };
 struct Add {
   template <class T>
-  static T apply(T old, T b, T) { return static_cast<T>(old + b); }
+  static T apply(T old, T b, T) {
+    return static_cast<T>(old + b);
+  }
 };
 struct Increment {
   static uint32_t apply(uint32_t old, uint32_t b, uint32_t) { return old >= b ? 0 : old + 1; }
@@ -50,12 +62,16 @@ struct Decrement {
 template <class S>
 struct Min {
   template <class T>
-  static T apply(T old, T b, T) { return static_cast<T>(std::min(static_cast<S>(old), static_cast<S>(b))); }
+  static T apply(T old, T b, T) {
+    return static_cast<T>(std::min(static_cast<S>(old), static_cast<S>(b)));
+  }
 };
 template <class S>
 struct Max {
   template <class T>
-  static T apply(T old, T b, T) { return static_cast<T>(std::max(static_cast<S>(old), static_cast<S>(b))); }
+  static T apply(T old, T b, T) {
+    return static_cast<T>(std::max(static_cast<S>(old), static_cast<S>(b)));
+  }
 };
 
 // In shared memory subnormals are kept, in global memory flushed to zero of their sign.
@@ -81,7 +97,8 @@ struct Half {
   static uint16_t apply(uint16_t old, uint16_t b, uint16_t) {
     const double x = decode<Format>(old);
     const double y = decode<Format>(b);
-    if (kOp == HalfOp::kAdd) return x + y != x + y ? Format::kNan : encode<Format>(x + y, Rounding::kNearestEven);
+    if (kOp == HalfOp::kAdd)
+      return x + y != x + y ? Format::kNan : encode<Format>(x + y, Rounding::kNearestEven);
     if (x != x || y != y) return x == x ? old : (y == y ? b : Format::kNan);
     if (x == y) return kOp == HalfOp::kMin ? old | b : old & b;  // -0 < +0
     return (x < y) == (kOp == HalfOp::kMin) ? old : b;
@@ -91,7 +108,9 @@ template <class Format, HalfOp kOp>
 struct HalfPair {
   static uint32_t apply(uint32_t old, uint32_t b, uint32_t) {
     const auto half = [&](int shift) {
-      return uint32_t{Half<Format, kOp>::apply(static_cast<uint16_t>(old >> shift), static_cast<uint16_t>(b >> shift), 0)} << shift;
+      return uint32_t{Half<Format, kOp>::apply(static_cast<uint16_t>(old >> shift),
+                                               static_cast<uint16_t>(b >> shift), 0)}
+             << shift;
     };
     return half(0) | half(16);
   }

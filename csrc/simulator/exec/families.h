@@ -28,5 +28,8 @@ extern const OpcodeFamily kMemoryFamily;      // memory.cpp: ld ldu st prefetch 
 extern const OpcodeFamily kAtomicFamily;      // atomic.cpp: atom red
 extern const OpcodeFamily kAddressFamily;     // address.cpp: cvta isspacep mapa getctarank
 extern const OpcodeFamily kAsyncCopyFamily;   // async_copy.cpp: cp
+extern const OpcodeFamily kMbarrierFamily;    // mbarrier.cpp: mbarrier cp.async.mbarrier
+extern const OpcodeFamily kBulkFamily;        // bulk.cpp: cp.async.bulk cp.reduce
+extern const OpcodeFamily kProxyFenceFamily;  // proxy_fence.cpp: fence.proxy
 
 }  // namespace fused_peft::sim

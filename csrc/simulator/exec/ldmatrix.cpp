@@ -10,6 +10,7 @@
 #include "simulator/exec/families.h"
 #include "simulator/exec/memory_form.h"
 #include "simulator/exec/mma.h"
+#include "simulator/exec/mma_fragments.h"
 
 namespace fused_peft::sim {
 namespace {
@@ -17,14 +18,12 @@ namespace {
 constexpr int kRowBytes = 16;
 
 struct Matrix {
-  alignas(16) uint16_t element[8][8];
+  __m128i row[8];
 };
 
 Matrix transposed(const Matrix& matrix) {
   Matrix out;
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) out.element[j][i] = matrix.element[i][j];
-  }
+  transpose_halves(matrix.row, out.row);
   return out;
 }
 
@@ -109,13 +108,13 @@ Step ldmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
     for (int row = 0; row < 8; ++row) {
       const std::byte* host = rows.host[8 * i + row];
       if (host != nullptr) [[likely]] {
-        std::memcpy(matrix.element[row], host, kRowBytes);
+        std::memcpy(&matrix.row[row], host, kRowBytes);
       } else {
-        std::memset(matrix.element[row], 0, kRowBytes);
+        matrix.row[row] = _mm_setzero_si128();
       }
     }
     if (kTranspose) matrix = transposed(matrix);
-    std::memcpy(out[i], matrix.element, sizeof matrix);
+    std::memcpy(out[i], matrix.row, sizeof matrix);
     if (warp.valid == nullptr) continue;
     uint64_t elements = valid_elements(warp, rows, i);
     if (elements == kWholeMatrix && (~address_valid & lanes) == 0) [[likely]] {
@@ -139,10 +138,10 @@ template <int kCount, bool kTranspose>
 Step stmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
   check_whole_warp(warp, instr, mask);
   const LaneMask lanes = lanes_of_matrices(kCount) & mask;
-  alignas(64) Matrix matrices[4] = {};
+  Matrix matrices[4] = {};
   LaneMask stored = 0;
   for (int i = 0; i < kCount; ++i) {
-    std::memcpy(matrices[i].element, lanes_of<uint32_t>(warp, instr.source(1 + i)), sizeof(Matrix));
+    std::memcpy(matrices[i].row, lanes_of<uint32_t>(warp, instr.source(1 + i)), sizeof(Matrix));
     if (kTranspose) matrices[i] = transposed(matrices[i]);
     const LaneMask valid = valid_lanes(warp, instr.source(1 + i));
     for (int row = 0; row < 8; ++row) {
@@ -165,10 +164,10 @@ Step stmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
 Step movmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
   check_whole_warp(warp, instr, mask);
   Matrix matrix;
-  std::memcpy(matrix.element, lanes_of<uint32_t>(warp, instr.source(0)), sizeof matrix);
+  std::memcpy(matrix.row, lanes_of<uint32_t>(warp, instr.source(0)), sizeof matrix);
   matrix = transposed(matrix);
   uint32_t out[kLanes];
-  std::memcpy(out, matrix.element, sizeof out);
+  std::memcpy(out, matrix.row, sizeof out);
   LaneMask valid = valid_lanes(warp, instr.source(0));
   uint64_t elements = 0;
   for (int lane = 0; lane < kLanes; ++lane)

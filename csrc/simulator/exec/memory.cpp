@@ -21,7 +21,8 @@ using Raw = std::conditional_t<
 
 // Elements at `host` + offset into a register, zero- or sign-extended to its width.
 template <class From, class To>
-void load_register(Warp& warp, const Operand& dest, std::byte* const* host, uint32_t offset, LaneMask lanes) {
+void load_register(Warp& warp, const Operand& dest, std::byte* const* host, uint32_t offset,
+                   LaneMask lanes) {
   To* to = dest_lanes<To>(warp, dest);
   if (lanes == kFullMask) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -73,7 +74,8 @@ void zero_register(Warp& warp, const Operand& dest, LaneMask lanes) {
   }
 }
 
-// Calls act(lane) for lanes with distinct addresses in a row (a flag is mostly read by all at one address).
+// Calls act(lane) for lanes with distinct addresses in a row (a flag is mostly read by all at one
+// address).
 template <class Act>
 void for_words(const uint64_t* address, LaneMask lanes, Act act) {
   uint64_t last = ~uint64_t{0};
@@ -123,8 +125,10 @@ template <uint32_t kBytes>
 Step load_parameter(Warp& warp, const Instr& instr, LaneMask mask) {
   const MemoryForm& form = form_of(instr);
   const std::vector<std::byte>& params = warp.cta->launch->config.params;
-  const uint64_t offset = *lanes_of<uint64_t>(warp, instr.source(0)) + static_cast<uint64_t>(instr.imm);
-  if (offset >= kCalleeParam || offset + form.bytes() > params.size()) return load<kBytes>(warp, instr, mask);
+  const uint64_t offset =
+      *lanes_of<uint64_t>(warp, instr.source(0)) + static_cast<uint64_t>(instr.imm);
+  if (offset >= kCalleeParam || offset + form.bytes() > params.size())
+    return load<kBytes>(warp, instr, mask);
   std::byte* host[kLanes];
   for (std::byte*& at : host) at = const_cast<std::byte*>(params.data()) + offset;
   for (uint32_t i = 0; i < form.vector; ++i) {
@@ -142,7 +146,8 @@ void gather_from(const std::byte* from, std::byte* to, uint32_t stride) {
   }
 }
 
-// A register's lanes, narrowed to elements of kBytes, into values of the lanes `stride` bytes apart.
+// A register's lanes, narrowed to elements of kBytes, into values of the lanes `stride` bytes
+// apart.
 template <uint32_t kBytes>
 void gather(const Warp& warp, const Operand& source, std::byte* to, uint32_t stride) {
   const std::byte* from = lanes_of<std::byte>(warp, source);
@@ -281,7 +286,8 @@ void decode_store(Decoding& d) {
 
 Step nothing(Warp&, const Instr&, LaneMask) { return Step::kNext; }
 
-// prefetch, prefetchu, applypriority: the caches are not modelled, so these are hints without effect.
+// prefetch, prefetchu, applypriority: the caches are not modelled, so these are hints without
+// effect.
 void decode_prefetch(Decoding& d) {
   take_space(d);
   d.take(".tensormap");
@@ -296,11 +302,13 @@ Step make_policy(Warp& warp, const Instr& instr, LaneMask mask) {
   return Step::kNext;
 }
 
-// createpolicy.fractional.L2::evict_first.b64 policy, 1.0; createpolicy.range...; createpolicy.cvt.L2.b64
+// createpolicy.fractional.L2::evict_first.b64 policy, 1.0; createpolicy.range...;
+// createpolicy.cvt.L2.b64
 void decode_policy(Decoding& d) {
   d.take_one({".fractional", ".range", ".cvt"});
   while (!d.take_one({".global", ".L2", ".L2::evict_last", ".L2::evict_normal", ".L2::evict_first",
-                      ".L2::evict_unchanged"}).empty()) {
+                      ".L2::evict_unchanged"})
+              .empty()) {
   }
   d.take(".b64");
   d.dest(Type::kB64);
@@ -315,8 +323,12 @@ void decode_policy(Decoding& d) {
 }
 
 constexpr Opcode kOpcodes[] = {
-    {"ld", decode_load},         {"ldu", decode_load},          {"st", decode_store},
-    {"prefetch", decode_prefetch}, {"prefetchu", decode_prefetch}, {"applypriority", decode_prefetch},
+    {"ld", decode_load},
+    {"ldu", decode_load},
+    {"st", decode_store},
+    {"prefetch", decode_prefetch},
+    {"prefetchu", decode_prefetch},
+    {"applypriority", decode_prefetch},
     {"createpolicy", decode_policy},
 };
 

@@ -32,11 +32,28 @@ void take_order(Decoding& d, MemoryForm& form) {
 
 bool take_cache_hints(Decoding& d) {
   for (;;) {
-    const std::string_view hint = d.take_one(
-        {".ca", ".cg", ".cs", ".lu", ".cv", ".wb", ".wt", ".nc", ".unified",
-         ".L1::evict_normal", ".L1::evict_unchanged", ".L1::evict_first", ".L1::evict_last",
-         ".L1::no_allocate", ".L2::evict_normal", ".L2::evict_first", ".L2::evict_last",
-         ".level::eviction_priority", ".L2::64B", ".L2::128B", ".L2::256B", ".L2::cache_hint"});
+    const std::string_view hint = d.take_one({".ca",
+                                              ".cg",
+                                              ".cs",
+                                              ".lu",
+                                              ".cv",
+                                              ".wb",
+                                              ".wt",
+                                              ".nc",
+                                              ".unified",
+                                              ".L1::evict_normal",
+                                              ".L1::evict_unchanged",
+                                              ".L1::evict_first",
+                                              ".L1::evict_last",
+                                              ".L1::no_allocate",
+                                              ".L2::evict_normal",
+                                              ".L2::evict_first",
+                                              ".L2::evict_last",
+                                              ".level::eviction_priority",
+                                              ".L2::64B",
+                                              ".L2::128B",
+                                              ".L2::256B",
+                                              ".L2::cache_hint"});
     if (hint.empty()) return false;
     if (hint == ".L2::cache_hint") {
       take_cache_hints(d);
@@ -70,15 +87,17 @@ void lane_addresses(const Warp& warp, const Operand& base, int64_t offset, uint6
 
 void check_address(Warp& warp, const Instr& instr, const Operand& base, LaneMask mask) {
   const LaneMask bad = mask & ~valid_lanes(warp, base);
-  if (bad == 0) [[likely]] return;
+  if (bad == 0) [[likely]]
+    return;
   warp.cta->launch->checker->report(warp, instr, bad, FindingKind::kUninitialised,
-                         "the address was computed from uninitialised data");
+                                    "the address was computed from uninitialised data");
 }
 
 void host_addresses(Warp& warp, Space space, const uint64_t* address, LaneMask lanes,
                     std::byte** host) {
   if (space == Space::kGlobal || space == Space::kConst) {
-    for (int lane = 0; lane < kLanes; ++lane) host[lane] = reinterpret_cast<std::byte*>(address[lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      host[lane] = reinterpret_cast<std::byte*>(address[lane]);
     return;
   }
   if (space == Space::kShared) {

@@ -1,4 +1,5 @@
-// What ld, st, atom, red and their kin have in common: address spaces, memory order, lane addresses.
+// What ld, st, atom, red and their kin have in common: address spaces, memory order, lane
+// addresses.
 #pragma once
 
 #include <bit>
@@ -12,10 +13,10 @@ namespace fused_peft::sim {
 // The qualifiers of a memory instruction (PTX ISA 9.7.9), as its handler needs them.
 struct MemoryForm {
   Space space = Space::kGeneric;
-  uint32_t element = 0;   // bytes
-  uint32_t vector = 1;    // elements of a lane
-  bool is_signed = false; // narrow values are sign-extended into wider registers
-  bool relaxed = false;   // .relaxed, .acquire, .release, .acq_rel, .volatile, .mmio, and atomics
+  uint32_t element = 0;    // bytes
+  uint32_t vector = 1;     // elements of a lane
+  bool is_signed = false;  // narrow values are sign-extended into wider registers
+  bool relaxed = false;    // .relaxed, .acquire, .release, .acq_rel, .volatile, .mmio, and atomics
   bool acquire = false;
   bool release = false;
   Scope scope = Scope::kSystem;
@@ -32,8 +33,8 @@ Space take_space(Decoding& decoding);
 // Consumes .weak, .relaxed, .acquire, .release, .acq_rel, .volatile, .mmio and the scope.
 void take_order(Decoding& decoding, MemoryForm& form);
 Scope take_scope(Decoding& decoding, Scope otherwise);
-// Consumes cache operators, eviction priorities and prefetch sizes: hints that change no result. Returns whether a
-// cache policy operand follows (.L2::cache_hint).
+// Consumes cache operators, eviction priorities and prefetch sizes: hints that change no result.
+// Returns whether a cache policy operand follows (.L2::cache_hint).
 bool take_cache_hints(Decoding& decoding);
 // Consumes ".v2", ".v4", ".v8": the number of elements.
 uint32_t take_vector(Decoding& decoding);
@@ -47,7 +48,7 @@ void lane_addresses(const Warp& warp, const Operand& base, int64_t offset, uint6
 // Lanes whose guard was computed from initialised data.
 inline LaneMask valid_guard(const Warp& warp, const Instr& instr) {
   return warp.valid == nullptr || instr.guard_reg == kNoRegister ? kFullMask
-                                                               : warp.valid[instr.guard_reg];
+                                                                 : warp.valid[instr.guard_reg];
 }
 // Reports lanes whose address was computed from uninitialised data.
 void check_address(Warp& warp, const Instr& instr, const Operand& base, LaneMask mask);
@@ -60,7 +61,8 @@ struct SpaceGroup {
 
 // Where a lane's generic address lies; takes the window off it.
 inline Space split_generic(uint64_t& address) {
-  if (address < kSharedWindow) [[likely]] return Space::kGlobal;
+  if (address < kSharedWindow) [[likely]]
+    return Space::kGlobal;
   if (address - kSharedWindow < kWindowSize) {
     address -= kSharedWindow;
     return Space::kShared;
@@ -72,7 +74,8 @@ inline Space split_generic(uint64_t& address) {
   return Space::kGlobal;  // no buffer is there
 }
 
-// Calls act(space, lanes) for each space that the lanes' addresses are in, windows taken off. Mostly once.
+// Calls act(space, lanes) for each space that the lanes' addresses are in, windows taken off.
+// Mostly once.
 template <class Act>
 inline void for_spaces(Space space, uint64_t* address, LaneMask mask, Act act) {
   if (space != Space::kGeneric) {

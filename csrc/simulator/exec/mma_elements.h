@@ -34,31 +34,45 @@ struct TF32Elements {
   }
 };
 
+// Sixteen bytes, each into the low half of 16 bits.
+inline __m256i widen_bytes(const uint32_t* registers, int first) {
+  const auto* bytes = reinterpret_cast<const char*>(registers) + first;
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
 // E5M2 is the upper byte of a half.
 struct E5M2Elements {
   static constexpr int kPerRegister = 4;
   static void load(const uint32_t* registers, float* values, int count) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(registers);
-    alignas(64) uint16_t halves[4 * kLanes];
-    for (int i = 0; i < 4 * count; ++i) halves[i] = uint16_t(bytes[i] << 8);
-    F16Lanes::from(halves, values, 4 * count);
+    for (int i = 0; i < 4 * count; i += 16) {
+      const __m256i halves = _mm256_slli_epi16(widen_bytes(registers, i), 8);
+      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+      _mm256_storeu_ps(values + i + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+    }
   }
 };
 
 // E4M3's fields in their places in a half make a value too small by the difference of the biases,
-// 2^8.
+// 2^8. Its NaN, with all bits set, would be 1.875 there.
 struct E4M3Elements {
   static constexpr int kPerRegister = 4;
   static void load(const uint32_t* registers, float* values, int count) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(registers);
-    alignas(64) uint16_t halves[4 * kLanes];
-    for (int i = 0; i < 4 * count; ++i) {
-      halves[i] = uint16_t((bytes[i] & 0x80) << 8 | (bytes[i] & 0x7f) << 7);
+    for (int i = 0; i < 4 * count; i += 16) {
+      const __m256i bytes = widen_bytes(registers, i);
+      const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
+      const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)), 7);
+      const __m256i halves = _mm256_or_si256(sign, rest);
+      _mm256_storeu_ps(values + i, scale(_mm256_castsi256_si128(halves)));
+      _mm256_storeu_ps(values + i + 8, scale(_mm256_extracti128_si256(halves, 1)));
     }
-    F16Lanes::from(halves, values, 4 * count);
-    for (int i = 0; i < 4 * count; ++i) {
-      values[i] = std::abs(values[i]) == 1.875f ? float_of(F32Format::kNan) : values[i] * 256.0f;
-    }
+  }
+
+ private:
+  static __m256 scale(__m128i halves) {
+    const __m256 small = _mm256_cvtph_ps(halves);
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), small);
+    const __m256 nan = _mm256_cmp_ps(magnitude, _mm256_set1_ps(1.875f), _CMP_EQ_OQ);
+    return _mm256_or_ps(_mm256_mul_ps(small, _mm256_set1_ps(256.0f)), nan);
   }
 };
 

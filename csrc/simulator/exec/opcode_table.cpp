@@ -15,7 +15,7 @@ Table build_table() {
       &kPredicateFamily,  &kSelectFamily,    &kMoveFamily,       &kConvertFamily, &kMathFamily,
       &kDotFamily,        &kMmaFamily,       &kMatrixMoveFamily, &kWgmmaFamily,   &kBarrierFamily,
       &kControlFamily,    &kCallFamily,      &kWarpFamily,       &kMemoryFamily,  &kAtomicFamily,
-      &kAddressFamily,    &kAsyncCopyFamily, &kFenceFamily,
+      &kAddressFamily,    &kAsyncCopyFamily, &kMbarrierFamily, &kBulkFamily, &kProxyFenceFamily, &kFenceFamily,
   };
   Table table;
   for (const OpcodeFamily* family : families) {

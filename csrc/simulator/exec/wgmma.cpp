@@ -41,20 +41,23 @@ uint32_t read_rows(Warp& warp, const Instr& instr, const MatrixDescriptor& matri
   const LaneMask good = warp.cta->launch->checker->access(warp, instr, access, 0, &valid);
   std::byte* host[kLanes] = {};
   host_addresses(warp, Space::kShared, address, good, host);
-  const auto piece = [&](uint32_t row, uint32_t chunk) {
-    return out + ((row / pieces * 2 + chunk) * pieces + row % pieces) * kChunkBytes;
+  const auto row_at = [&](uint32_t lane) {
+    return host[lane] == nullptr ? _mm_setzero_si128()
+                                 : _mm_loadu_si128(reinterpret_cast<const __m128i*>(host[lane]));
   };
-  for (LaneMask left = lanes; left != 0; left &= left - 1) {
-    const auto lane = uint32_t(std::countr_zero(left));
-    const uint32_t inner = lane % 16, outer = lane / 16;
-    uint16_t elements[8] = {};
-    if (host[lane] != nullptr) std::memcpy(elements, host[lane], kChunkBytes);
-    if (!mn_major) {
-      std::memcpy(piece(inner, outer), elements, kChunkBytes);
-      continue;
-    }
-    for (uint32_t i = 0; i < 8; ++i) {
-      std::memcpy(piece(8 * outer + i, inner / 8) + inner % 8 * 2, &elements[i], 2);
+  const auto piece = [&](uint32_t row, uint32_t chunk) {
+    return reinterpret_cast<__m128i*>(out) + (row / pieces * 2 + chunk) * pieces + row % pieces;
+  };
+  for (uint32_t block = 0; block < rows / 8; ++block) {
+    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
+      __m128i source[8];
+      for (uint32_t i = 0; i < 8; ++i)
+        source[i] = row_at(mn_major ? 16 * block + 8 * chunk + i : 16 * chunk + 8 * block + i);
+      if (mn_major) {
+        transpose_halves(source, piece(8 * block, chunk));
+      } else {
+        std::memcpy(piece(8 * block, chunk), source, sizeof source);
+      }
     }
   }
   valid |= ~lanes;
@@ -98,7 +101,7 @@ void read_b(Warp& warp, const WgmmaOperation& operation, OperandTile& tile) {
   const WgmmaForm& form = wgmma_form(*operation.instr);
   const MatrixDescriptor matrix(operation.b);
   tile.descriptor = operation.b;
-  tile.rows.resize(size_t(form.n) * 2 * kWidth);
+  tile.rows.resize(size_t(form.n) / 8 * 2 * kWidth);
   for (uint32_t first = 0; first < form.n; first += 16) {
     alignas(64) uint32_t raw[4 * kLanes];
     const uint32_t rows = form.n - first < 16 ? form.n - first : 16;
@@ -110,9 +113,12 @@ void read_b(Warp& warp, const WgmmaOperation& operation, OperandTile& tile) {
         B::load(raw + (2 * block + i) * kLanes, columns + i * kValues, kLanes);
       __m256 transposed[2 * kWidth];
       to_rows<2, kWidth>(columns, transposed);
-      std::memcpy(tile.rows.data() + size_t(first + 8 * block) * 2 * kWidth, transposed,
+      std::memcpy(&tile.rows[size_t(first / 8 + block) * 2 * kWidth], transposed,
                   sizeof transposed);
-      tile.valid[first / 8 + block] = uint8_t(valid >> (8 * block));
+      const LaneMask initialised = _pdep_u32(valid >> (8 * block) & 0xff, 0x11111111u);
+      for (const bool odd : {false, true}) {
+        tile.valid[first / 8 + block][odd] = lanes_of_columns(initialised, odd);
+      }
     }
   }
 }
@@ -147,13 +153,11 @@ void execute(Warp& warp, const WgmmaOperation& operation) {
     const Operand* c = operation.accumulates ? d : nullptr;
     alignas(64) float sums[kRows * 8];
     c != nullptr ? Accumulator::load(warp, c, sums) : void(std::memset(sums, 0, sizeof sums));
-    __m256 b[2 * kWidth];
-    std::memcpy(b, tile.rows.data() + size_t(block) * 16 * kWidth, sizeof b);
+    const auto* b = reinterpret_cast<const __m256*>(&tile.rows[size_t(block) * 2 * kWidth]);
     accumulate<kRows, 2, kWidth>(a, b, sums);
     Accumulator::store(warp, d, c, kFullMask, sums);
     if (warp.valid == nullptr) continue;
-    const LaneMask columns = _pdep_u32(tile.valid[block], 0x11111111u);
-    const LaneMask even = lanes_of_columns(columns, false), odd = lanes_of_columns(columns, true);
+    const auto [even, odd] = tile.valid[block];
     for (int i = 0; i < Accumulator::kRegisters; ++i) {
       LaneMask valid = operation.valid & rows[Accumulator::kPairs ? i : i / 2];
       valid &= Accumulator::kPairs ? even & odd : i % 2 == 0 ? even : odd;

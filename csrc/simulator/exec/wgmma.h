@@ -35,9 +35,13 @@ inline const WgmmaForm& wgmma_form(const Instr& instr) {
 
 // B as the multiplication takes it, read once for the four warps.
 struct OperandTile {
+  struct alignas(32) Row {
+    float column[8];
+  };
   uint64_t descriptor = 0;
-  std::vector<float> rows;             // [n / 8][k][8]
-  std::array<uint8_t, 32> valid = {};  // by 8 columns: bit c, column c
+  std::vector<Row> rows;  // [n / 8][k]
+  // By 8 columns: lanes whose columns 2 t, and 2 t + 1, are initialised.
+  std::array<std::array<LaneMask, 2>, 32> valid = {};
   int users = 0;
 };
 

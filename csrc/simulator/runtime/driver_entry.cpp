@@ -1,6 +1,7 @@
 #include "simulator/runtime/driver_entry.h"
 
 #include "simulator/runtime/api.h"
+#include "simulator/runtime/tensor_map_encode.h"
 
 namespace fused_peft::sim {
 namespace {
@@ -14,6 +15,7 @@ int driver_get_version(int* version) { return *version = CUDART_VERSION, 0; }
 
 const DriverFunction kDriverFunctions[] = {
     {"cuDriverGetVersion", reinterpret_cast<void*>(&driver_get_version)},
+    {"cuTensorMapEncodeTiled", tensor_map_encode_tiled()},
 };
 
 }  // namespace

@@ -1,0 +1,77 @@
+// mbarrier objects, and the bulk copies that complete on them (PTX ISA 9.7.13.15).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "simulator/check/checker.h"
+#include "simulator/core/cta.h"
+
+namespace fused_peft::sim {
+
+// 16 bytes of a bulk copy. Bytes [begin, end) lie in global memory (or in another CTA's shared
+// memory), from `host` + begin on; the others are outside of a tensor.
+struct CopyUnit {
+  uint64_t shared = 0;        // address in the shared memory of its CTA: offset
+  std::byte* host = nullptr;  // of byte 0
+  uint8_t begin = 0, end = 16;
+  bool initialised = true;  // the source's bytes
+  bool skip = false;        // out of bounds: reported, not carried out
+};
+constexpr uint32_t kUnitBytes = 16;
+
+// A copy into the shared memory of one CTA, from its issue until a thread has seen its mbarrier's
+// phase complete.
+struct BulkLoad {
+  Warp* issuer = nullptr;
+  const Instr* instr = nullptr;
+  Cta* target = nullptr;
+  std::vector<CopyUnit> units;
+  std::byte fill[kUnitBytes] = {};  // what lies outside of a tensor reads as
+  uint64_t bytes = 0;               // for complete_tx
+
+  void move() const;
+};
+
+// What lies behind the 8 bytes of an mbarrier. They themselves hold encode(), so that a store that
+// hits them is seen.
+struct Mbarrier {
+  uint32_t expected = 0;     // arrivals of a phase
+  uint32_t pending = 0;      // of this phase
+  int64_t transactions = 0;  // bytes expected and not arrived yet
+  uint64_t phase = 0;        // completed ones
+  SyncVar arriving,
+      completed;  // what those knew that arrived in this phase, in the last completed one
+  std::vector<std::unique_ptr<BulkLoad>> in_flight;   // data not moved yet
+  std::vector<std::unique_ptr<BulkLoad>> landed;      // in this phase
+  std::vector<std::unique_ptr<BulkLoad>> unobserved;  // in completed ones; nobody has waited
+
+  uint64_t encode() const;
+};
+
+// The place of an mbarrier: the CTA that owns it and its offset there.
+struct MbarrierPlace {
+  Cta* cta = nullptr;
+  uint32_t offset = 0;
+  uint64_t address = 0;  // as the instruction has it, window taken off
+};
+
+// False where the address is none of shared memory (reported).
+bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, int lane,
+              MbarrierPlace* place);
+// nullptr where no mbarrier.init has made one there (reported).
+Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane);
+
+// The copy's data moves and its bytes count as arrived.
+void land(Mbarrier& barrier, const MbarrierPlace& place, std::size_t which);
+void complete_transactions(Mbarrier& barrier, const MbarrierPlace& place, int64_t bytes);
+
+// Whether an asynchronous copy that is issued now moves its data at once, by Options::async_timing.
+bool moves_early(Warp& warp);
+
+// The address that any CTA of the cluster has for an offset in this one's shared memory.
+uint64_t shared_address(const Cta& cta, uint64_t offset);
+
+}  // namespace fused_peft::sim
