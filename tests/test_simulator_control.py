@@ -51,6 +51,26 @@ def test_lanes_come_together_behind_a_loop():
     np.testing.assert_array_equal(out, np.full(32, 0xFFFFFFFF))
 
 
+def test_lanes_come_together_behind_branches_that_jump_over_one_another():
+    # Lanes 8 to 31 reach END first; lanes 0 to 7 are still at FEW, in front of it.
+    ptx = kernel(
+        """
+  setp.lt.u32 %p0, %l, 8;
+  setp.lt.u32 %p1, %l, 16;
+  mov.u32 %r1, 0;
+  @%p0 bra FEW;
+  @%p1 bra END;
+  mov.u32 %r1, 1;
+  bra END;
+FEW:
+  mov.u32 %r1, 2;
+END:
+  activemask.b32 %r0;
+{store}"""
+    )
+    np.testing.assert_array_equal(stored(ptx, 32), np.full(32, 0xFFFFFFFF))
+
+
 def test_a_loop_is_executed_by_all_lanes_that_are_in_it():
     # As many trips as the slowest lane needs, and not one for each lane.
     ptx = kernel(
@@ -284,6 +304,26 @@ def test_trap_and_what_ran_before():
         launch(ptx, 1, 32, out)
     assert caught.value.code == 719
     np.testing.assert_array_equal(out, np.full(32, 5))
+
+
+def test_results_of_uninitialised_values_are_uninitialised():
+    # Lane 4 of %r1 is never written; all arithmetic on it, and what it selects, is garbage.
+    ptx = kernel(
+        """
+  setp.ne.u32 %p0, %l, 4;
+  @%p0 mov.u32 %r1, 7;
+  shl.b32 %r2, %r1, 2;
+  setp.gt.u32 %p1, %r2, 3;
+  selp.u32 %r0, 1, 2, %p1;
+{store}"""
+    )
+    [found] = launch(ptx, 1, 32, np.zeros(32, np.uint32))
+    assert found.kind == "uninitialised"
+    assert "lanes 4:" in found.text
+
+
+def test_a_register_that_is_written_again_is_initialised():
+    stored(kernel("add.u32 %r0, %r1, 1; mov.u32 %r0, 3;{store}"), 32)
 
 
 def test_branch_on_uninitialised_predicate_is_a_finding():

@@ -168,6 +168,55 @@ def test_dot_products(op: str, a_type: str, b_type: str) -> None:
     check(f"{op}.{a_type}.{b_type} {{d0}}, {{a0}}, {{a1}}, {{a2}};", expected, [32] * 3, 32)
 
 
+VIDEO = {
+    "vadd": lambda a, b: a + b,
+    "vsub": lambda a, b: a - b,
+    "vavrg": lambda a, b: (a + b + (a + b >= 0)) >> 1,
+    "vabsdiff": lambda a, b: abs(a - b),
+    "vmin": min,
+    "vmax": max,
+    "vset": lambda a, b: int(a < b),
+}
+
+
+@pytest.mark.parametrize("signs", ["uuu", "uus", "usu", "uss", "suu", "sus", "ssu", "sss"])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("op", VIDEO)
+def test_video(op: str, parts: int, signs: str) -> None:
+    """Signs of the destination and the sources."""
+    width = 32 // parts
+    of_d, of_a, of_b = (f"{sign}{width}" for sign in signs)
+
+    def results(a: int, b: int) -> list[int]:
+        shifts = range(0, 32, width)
+        return [VIDEO[op](read(a >> n, of_a), read(b >> n, of_b)) for n in shifts]
+
+    def merged(values: list[int]) -> int:
+        return sum(unsigned(value, width) << (width * i) for i, value in enumerate(values))
+
+    def clamped(value: int) -> int:
+        ends = (
+            (unsigned(-1, width), 0)
+            if of_d[0] == "u"
+            else (2 ** (width - 1) - 1, -(2 ** (width - 1)))
+        )
+        return max(min(value, ends[0]), ends[1])
+
+    dest, sources = f".{signs[0]}32", f".{signs[1]}32.{signs[2]}32"
+    qualifiers = f"{sources}.lt" if op == "vset" else dest + sources
+    operands = "{d0}, {a0}, {a1}, {a2};"
+    name = f"{op}{parts}{qualifiers}"
+    check(f"{name} {operands}", lambda a, b, c: merged(results(a, b)), [32] * 3, 32)
+    check(f"{name}.add {operands}", lambda a, b, c: c + sum(results(a, b)), [32] * 3, 32)
+    if op != "vset":
+        check(
+            f"{name}.sat {operands}",
+            lambda a, b, c: merged([clamped(value) for value in results(a, b)]),
+            [32] * 3,
+            32,
+        )
+
+
 # ---- carries
 
 

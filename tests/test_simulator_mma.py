@@ -362,3 +362,16 @@ def test_forms_that_do_not_exist(instruction: str, complaint: str) -> None:
     )
     with pytest.raises(simulator.SimulatorError, match=complaint):
         simulator.launch(ptx, "k", 1, 32, [np.zeros((4, 32), np.uint32)] * 4)
+
+
+def test_lanes_that_are_missing_are_reported() -> None:
+    """The other half of the warp has left: undefined on the device, a finding here."""
+    shape = Shape(16, 8, "bf16", "bf16", "f32")
+    registers = {"d": (4, 4), "a": (2, 4), "b": (1, 4), "c": (4, 4)}
+    leave = ".reg .pred %q; setp.gt.u32 %q, %lane, 15; @%q ret; "
+    ptx = warp_kernel(leave + shape.instruction, registers)
+    simulator.reset()
+    simulator.launch(ptx, "k", 1, 32, [np.zeros((4, 32), np.uint32)] * 4)
+    (finding,) = simulator.findings()
+    assert finding.instruction.startswith("mma.sync")
+    assert "ffff0000" in finding.text

@@ -22,6 +22,7 @@ def programs(tmp_path_factory):
     tutorials = cutlass() / "examples/cute/tutorial"
     sources = {
         "cub": (Path(__file__).parent / "cuda/cub_algorithms.cu", "80"),
+        "collective_gemm": (Path(__file__).parent / "cuda/collective_gemm.cu", "90a"),
         "sgemm_sm80": (tutorials / "sgemm_sm80.cu", "80"),
         "wgmma_sm90": (tutorials / "hopper/wgmma_sm90.cu", "90a"),
         "wgmma_tma_sm90": (tutorials / "hopper/wgmma_tma_sm90.cu", "90a"),
@@ -75,3 +76,50 @@ def test_cutlass_sgemm_sm80(programs, tmp_path):
     first = result.counters[0]
     assert first.tensor_flop == 2 * m * n * k
     assert first.bank_conflicts == 0
+
+
+def hopper_product(result, m, n, k):
+    """A^T B with the operands' rows contiguous, as the Hopper tutorials' defaults have it."""
+    a = result.buffer(0, np.float16, (k, m)).T.astype(np.float64)
+    b = result.buffer(1, np.float16, (k, n)).T.astype(np.float64)
+    return a @ b.T, result.buffer(2, np.float16, (n, m)).T.astype(np.float64)
+
+
+def test_cutlass_wgmma_tma_sm90(programs, tmp_path):
+    m, n, k = 256, 128, 128
+    result = run(programs("wgmma_tma_sm90"), tmp_path, m, n, k)
+    assert result.code == 0, result.errors
+    assert result.findings == []
+    expected, c = hopper_product(result, m, n, k)
+    np.testing.assert_array_equal(c, expected)  # its inputs are small integers
+    assert result.counters[0].tensor_flop == 2 * m * n * k
+
+
+def test_cutlass_wgmma_sm90_and_its_missing_barrier(programs, tmp_path):
+    """Right values; but no barrier stands between its cp.async and the other warps' wgmma."""
+    m, n, k = 256, 128, 128
+    result = run(programs("wgmma_sm90"), tmp_path, m, n, k)
+    expected, c = hopper_product(result, m, n, k)
+    np.testing.assert_array_equal(c, expected)
+    assert {finding.kind for finding in result.findings} <= {
+        "race",
+        "async not waited",
+        "proxy fence",
+    }
+    assert any("wgmma" in finding.instruction for finding in result.findings)
+
+
+@pytest.mark.parametrize("shape", [(256, 128, 128), (300, 200, 192)], ids=str)
+def test_cutlass_collective_gemm_sm90(programs, tmp_path, shape):
+    m, n, k = shape
+    result = run(programs("collective_gemm"), tmp_path, m, n, k, seed=m)
+    assert result.code == 0, result.errors
+    assert result.findings == []
+
+    def bfloat16(number, rows, columns):
+        bits = result.buffer(number, np.uint16, (rows, columns)).astype(np.uint32) << 16
+        return bits.view(np.float32).astype(np.float64)
+
+    expected = bfloat16(0, m, k) @ bfloat16(1, n, k).T
+    # The integers add up exactly in float32; what is left is one rounding to bfloat16.
+    assert np.all(np.abs(bfloat16(2, m, n) - expected) <= np.abs(expected) * 2**-8)

@@ -75,6 +75,7 @@ ARGUMENTS = {
     "two_warps_write": lambda: [ints(1)],
     "neighbouring_bytes": lambda: [np.zeros(THREADS, np.uint8)],
     "blocks_write_one_word": lambda: [ints(1)],
+    "write_behind_readers_of_other_blocks": lambda: [ints(), ints(1), ints(1)],
     "plain_beside_atomic": lambda: [ints(1)],
     "ticket_without_fence": lambda: [ints(6), ints(1), ints(1)],
     "flag_without_fence": lambda: [ints(), ints(1), ints()],
@@ -82,6 +83,7 @@ ARGUMENTS = {
     "reader_without_acquire": lambda: [ints(1), ints(1), ints(1)],
     "named_barrier_missing": lambda: [floats(64)],
     "lanes_without_syncwarp": lambda: [floats()],
+    "half_warp_reads_the_other_half": lambda: [floats()],
     "divergent_barrier": lambda: [floats()],
     "copy_not_waited": lambda: [quads(), quads()],
     "copy_waited_for_too_few": lambda: [quads(), quads()],
@@ -93,6 +95,7 @@ ARGUMENTS = {
 }
 BLOCKS = {
     "blocks_write_one_word": 6,
+    "write_behind_readers_of_other_blocks": 6,
     "plain_beside_atomic": 6,
     "ticket_without_fence": 6,
     "flag_without_fence": 2,

@@ -28,8 +28,8 @@ The MLP or LSTM that computes them is saved beside, in ``prompt_encoder.safetens
 PEFT's config cannot say in ``fused_peft_config.json``; PEFT reads neither.
 
 All files change at once: a save that is killed at any moment leaves the old adapter or the new
-one, whole, and every other file in the directory stays as it is. How:
-:mod:`fused_peft.checkpoint._atomic`.
+one, whole, and every other file in the directory stays as it is. How
+is told in ``fused_peft/checkpoint/_atomic.py``.
 
 Nothing here reads or writes pickle.
 """

@@ -48,8 +48,8 @@ def fuse_model(model: nn.Module) -> dict[str, int]:
         model: a transformers model, with adapters or without. Fusing it again changes nothing.
 
     Returns:
-        How many places of the model are fused now: ``{"attention": layers, "rms_norm": norms,
-        "mlp": MLPs, "loss": 0 or 1}``.
+        ``{"attention": layers, "rms_norm": norms, "mlp": MLPs, "loss": 0 or 1}``, how many places
+        of the model are fused now.
 
     Raises:
         TypeError: ``model`` is no transformers model.

@@ -101,7 +101,7 @@ def init_pair(
     For the last two the caller takes ``scaling * lora_b @ lora_a`` out of the weight.
 
     Args:
-        kind: a canonical init kind that passed :func:`check_init_fits`.
+        kind: a canonical init kind that passed ``check_init_fits``.
         r: the rank.
         scaling: alpha/r or alpha/sqrt(r).
         weight: ``[N, K]``; read by "pissa" and "olora" only.

@@ -23,7 +23,7 @@ class PromptEncoderSizes(PromptConfig, Protocol):
 class PromptEncoder(PromptEmbedding):
     """The prompt encoder of P-tuning; Liu et al., "GPT Understands, Too", 2021, section 3.2.
 
-    The layers, and so the names of :meth:`encoder_state`, are those of PEFT (and NeMo): for "MLP"
+    The layers, and so the names of ``encoder_state()``, are those of PEFT (and NeMo): for "MLP"
     ``Linear(in, h) ReLU Linear(h, h) ReLU Linear(h, out)``, for "LSTM" a bidirectional LSTM of
     ``encoder_num_layers`` and ``Linear(2h, 2h) ReLU Linear(2h, out)``, applied to the embedding.
 

@@ -110,7 +110,7 @@ def lora_linear(
         bias: ``[N]`` in x's dtype.
         scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
         dropout_p: probability that an element of x is dropped before lora_a, in [0, 1).
-        seed: int64 tensor with one element (:func:`new_seed`), needed when ``dropout_p > 0``. The
+        seed: int64 tensor with one element (:func:`.new_seed`), needed when ``dropout_p > 0``. The
             mask is a function of the seed and the element's index alone
             (:func:`fused_peft.reference.dropout_keep`).
 

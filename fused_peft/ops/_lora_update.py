@@ -87,7 +87,7 @@ def lora_update(
         lora_b: ``[N, R]`` in x's dtype or float32.
         scaling: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
         dropout_p: probability that an element of x is dropped before lora_a, in [0, 1).
-        seed: int64 tensor with one element (:func:`new_seed`), needed when ``dropout_p > 0``; the
+        seed: int64 tensor with one element (:func:`.new_seed`), needed when ``dropout_p > 0``; the
             mask is that of :func:`lora_linear`.
 
     Returns:

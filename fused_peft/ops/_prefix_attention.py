@@ -166,7 +166,7 @@ def prefix_attention(
         sliding_window: query at key ``p`` sees only keys ``t`` with ``p - t < sliding_window`` and
             ``t - p < sliding_window``. The prefix stays visible.
         dropout_p: probability that an attention weight is dropped, in [0, 1).
-        seed: int64 tensor with one element (:func:`new_seed`), needed when ``dropout_p > 0``.
+        seed: int64 tensor with one element (:func:`.new_seed`), needed when ``dropout_p > 0``.
 
     Returns:
         ``[B, Hq, S, D]`` in q's dtype, laid out as a contiguous ``[B, S, Hq, D]``; zeros where a

@@ -31,7 +31,7 @@ def kernels_path() -> Path:
 
 
 def has_kernels() -> bool:
-    """Whether :func:`simulated_cuda` can be entered."""
+    """Whether :func:`fused_peft.simulated_cuda` can be entered."""
     try:
         kernels_path()
     except SimulatorError:
@@ -50,7 +50,7 @@ def load_kernels() -> None:
     path = kernels_path()
     # Its own symbols first: a CUDA build of torch brings the real runtime's of the same names.
     ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def inject_adapter(
     strict: bool = True,
     tokenizer: Any = None,
 ) -> None:
-    """What :func:`get_peft_model` and :func:`add_adapter` do; a first adapter becomes active.
+    """What ``get_peft_model`` and ``add_adapter`` do; a first adapter becomes active.
 
     Args:
         model: any module with linear layers.

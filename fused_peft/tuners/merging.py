@@ -16,7 +16,7 @@ from .prompt_inject import prompt_names
 def merge_adapter(
     model: nn.Module, safe: bool = False, adapter_names: Sequence[str] | None = None
 ) -> None:
-    """Add adapters to the base weights in place; see :meth:`fused_peft.LoraLinear.merge`.
+    """Add adapters to the base weights in place; see :meth:`fused_peft.nn.LoraLayer.merge`.
 
     Args:
         model: with adapters.

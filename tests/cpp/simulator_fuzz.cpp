@@ -1,10 +1,12 @@
-// Deterministic fuzz test of the simulator's PTX front end: damaged PTX is refused with SyntaxError or Unsupported, and
-// nothing else happens. Built with AddressSanitizer and UBSan (FUSED_PEFT_SANITIZE).
+// Deterministic fuzz test of the simulator's PTX front end: damaged PTX is refused with SyntaxError
+// or Unsupported, and nothing else happens. Built with AddressSanitizer and UBSan
+// (FUSED_PEFT_SANITIZE).
 //
 //   simulator_fuzz [--inputs N] [--seed S] [file.ptx ...]
 //
-// Inputs are mutations of the built-in text, of the files, and instructions put together at random from their words.
-// Exit status 1 and the input in ./simulator_fuzz_failure.ptx where something else happened.
+// Inputs are mutations of the built-in text, of the files, and instructions put together at random
+// from their words. Exit status 1 and the input in ./simulator_fuzz_failure.ptx where something
+// else happened.
 #include <signal.h>
 #include <unistd.h>
 
@@ -25,7 +27,8 @@ namespace {
 using fused_peft::sim::Module;
 using Random = std::mt19937_64;
 
-constexpr unsigned kSecondsPerInput = 20;  // a sanitizer build on a busy machine; sound inputs take milliseconds
+constexpr unsigned kSecondsPerInput =
+    20;  // a sanitizer build on a busy machine; sound inputs take milliseconds
 constexpr const char* kFailureFile = "simulator_fuzz_failure.ptx";
 
 // A bit of everything that the parser knows.
@@ -153,15 +156,70 @@ std::string join(const std::vector<std::string>& words) {
 }
 
 const char* odd_word(Random& random) {
-  static constexpr const char* kWords[] = {
-      "0", "-1", "4294967295", "18446744073709551615", "9223372036854775808", "0x7fffffffffffffff", "1000000000", "00", "0f",
-      "0f7FFFFFFF", "0dFFF0000000000000", "1e999", "%", "%r", "%r0", "%p0", "%tid.x", "%tid", "%clock64", "_", "{", "}", "(", ")",
-      "[", "]", ";", ",", ":", "|", "!", "@", "+", "-", "<", ">", "=", "\"", "/*", "//", ".reg", ".param", ".b8", ".b128", ".pred",
-      ".v2", ".v4", ".align", ".entry", ".func", ".section", ".loc", "ret", "call", "bra", "WARP_SZ", "generic", "\0x", "\xff"};
+  static constexpr const char* kWords[] = {"0",
+                                           "-1",
+                                           "4294967295",
+                                           "18446744073709551615",
+                                           "9223372036854775808",
+                                           "0x7fffffffffffffff",
+                                           "1000000000",
+                                           "00",
+                                           "0f",
+                                           "0f7FFFFFFF",
+                                           "0dFFF0000000000000",
+                                           "1e999",
+                                           "%",
+                                           "%r",
+                                           "%r0",
+                                           "%p0",
+                                           "%tid.x",
+                                           "%tid",
+                                           "%clock64",
+                                           "_",
+                                           "{",
+                                           "}",
+                                           "(",
+                                           ")",
+                                           "[",
+                                           "]",
+                                           ";",
+                                           ",",
+                                           ":",
+                                           "|",
+                                           "!",
+                                           "@",
+                                           "+",
+                                           "-",
+                                           "<",
+                                           ">",
+                                           "=",
+                                           "\"",
+                                           "/*",
+                                           "//",
+                                           ".reg",
+                                           ".param",
+                                           ".b8",
+                                           ".b128",
+                                           ".pred",
+                                           ".v2",
+                                           ".v4",
+                                           ".align",
+                                           ".entry",
+                                           ".func",
+                                           ".section",
+                                           ".loc",
+                                           "ret",
+                                           "call",
+                                           "bra",
+                                           "WARP_SZ",
+                                           "generic",
+                                           "\0x",
+                                           "\xff"};
   return kWords[below(random, std::size(kWords))];
 }
 
-void mutate_words(std::vector<std::string>& words, const std::vector<std::string>& others, Random& random) {
+void mutate_words(std::vector<std::string>& words, const std::vector<std::string>& others,
+                  Random& random) {
   if (words.empty()) return;
   const std::size_t at = below(random, words.size());
   switch (below(random, 7)) {
@@ -172,8 +230,10 @@ void mutate_words(std::vector<std::string>& words, const std::vector<std::string
     case 4: words[at] = others[below(random, others.size())]; break;
     case 5: {  // a stretch twice
       const std::size_t count = std::min(words.size() - at, 1 + below(random, 60));
-      const std::vector<std::string> stretch(words.begin() + std::ptrdiff_t(at), words.begin() + std::ptrdiff_t(at + count));
-      words.insert(words.begin() + std::ptrdiff_t(below(random, words.size())), stretch.begin(), stretch.end());
+      const std::vector<std::string> stretch(words.begin() + std::ptrdiff_t(at),
+                                             words.begin() + std::ptrdiff_t(at + count));
+      words.insert(words.begin() + std::ptrdiff_t(below(random, words.size())), stretch.begin(),
+                   stretch.end());
       break;
     }
     default: {  // a stretch away
@@ -197,12 +257,14 @@ void mutate_bytes(std::string& text, Random& random) {
 // A kernel of instructions made from the qualifiers and operands of others.
 std::string assemble(const std::vector<std::string>& words, Random& random) {
   std::string text =
-      ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 out)\n{\n.reg .pred %p<9>;.reg .b16 "
+      ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 out)\n{\n.reg "
+      ".pred %p<9>;.reg .b16 "
       "%rs<9>;.reg .b32 %r<30>;.reg .b64 %rd<30>;.reg .f32 %f<9>;.reg .f64 %d<4>;\n";
   const auto word = [&](char first) {
     for (int tries = 0; tries < 200; ++tries) {
       const std::string& candidate = words[below(random, words.size())];
-      if (first == 'a' ? std::islower(uint8_t(candidate[0])) != 0 : candidate[0] == first) return candidate;
+      if (first == 'a' ? std::islower(uint8_t(candidate[0])) != 0 : candidate[0] == first)
+        return candidate;
     }
     return std::string("add");
   };

@@ -184,6 +184,24 @@ KERNEL blocks_write_one_word(int* out) {
     *out = blockIdx.x;  // expect: race
 }
 
+// Block 0 writes when all others have read, but nothing says that they have.
+KERNEL write_behind_readers_of_other_blocks(int* data, volatile int* readers, int* out) {
+  if (blockIdx.x != 0) {
+    int x = data[threadIdx.x];
+    atomicAdd(out, x);
+    if (!FAULTY) __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(const_cast<int*>(readers), 1);
+  } else {
+    if (threadIdx.x == 0) {
+      while (*readers < int(gridDim.x) - 1) {}
+      __threadfence();
+    }
+    __syncthreads();
+    data[127 - threadIdx.x] = 1;  // expect: race
+  }
+}
+
 KERNEL plain_beside_atomic(int* sum) {
   if (threadIdx.x != 0) return;
   if (FAULTY && blockIdx.x == 1)
@@ -276,6 +294,14 @@ KERNEL lanes_without_syncwarp(float* out) {
   tile[threadIdx.x] = float(threadIdx.x);
   if (!FAULTY) __syncwarp();
   out[threadIdx.x] = tile[threadIdx.x ^ 1];  // expect: race
+}
+
+// Each half of a warp synchronises by itself, so it may read its own half's data only.
+KERNEL half_warp_reads_the_other_half(float* out) {
+  __shared__ float tile[128];
+  tile[threadIdx.x] = float(threadIdx.x);
+  __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
+  out[threadIdx.x] = tile[threadIdx.x ^ (FAULTY ? 16 : 1)];  // expect: race
 }
 
 // ---- barriers

@@ -80,15 +80,6 @@ void dot_tile(const Decode& d, int64_t m0, int64_t n0, int64_t cols, float* c, i
 #pragma GCC unroll 4
     for (int j = 0; j < kDotCols; ++j) acc[i][j] = Vec{};
   const auto column = [&](int j) { return n0 + (j < cols ? j : cols - 1); };
-  if (d.s) {
-    with_dtype(d.lora_b.dtype, [&](auto* type) {
-      using B = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      const B* b[kDotCols];
-      for (int j = 0; j < kDotCols; ++j)
-        b[j] = static_cast<const B*>(d.lora_b.data) + column(j) * d.lora_b.row_stride;
-      dot_accumulate<DotFloat, kRows>(d.s + m0 * d.r, d.r, b, d.r, 0, acc);
-    });
-  }
   const W* w[kDotCols];
   for (int j = 0; j < kDotCols; ++j)
     w[j] = static_cast<const W*>(d.weight.data) + column(j) * d.weight.row_stride;
@@ -97,6 +88,21 @@ void dot_tile(const Decode& d, int64_t m0, int64_t n0, int64_t cols, float* c, i
   dot_accumulate<Dot, kRows>(static_cast<const X*>(d.x.data) + m0 * d.x.row_stride, d.x.row_stride,
                              w, d.k, more ? kDotCols * d.weight.row_stride * int64_t{sizeof(W)} : 0,
                              acc);
+  if (d.s) {
+    // A sum of its own, for the reason given at kChunkSteps.
+    Vec base[kRows][kDotCols];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kDotCols; ++j) base[i][j] = acc[i][j], acc[i][j] = Vec{};
+    with_dtype(d.lora_b.dtype, [&](auto* type) {
+      using B = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      const B* b[kDotCols];
+      for (int j = 0; j < kDotCols; ++j)
+        b[j] = static_cast<const B*>(d.lora_b.data) + column(j) * d.lora_b.row_stride;
+      dot_accumulate<DotFloat, kRows>(d.s + m0 * d.r, d.r, b, d.r, 0, acc);
+    });
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kDotCols; ++j) acc[i][j] += base[i][j];
+  }
   for (int i = 0; i < kRows; ++i) sum_lanes(acc[i], c + i * ldc);
 }
 

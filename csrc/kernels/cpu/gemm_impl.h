@@ -1,9 +1,9 @@
 // One thread's block of C = scale * (tail_mask * (s up) + A B) + bias + addend.
 //
 // Panels of B are packed (pack_impl.h), tiles of C stay in registers over a k block
-// (microkernel_impl.h). The low-rank tail goes into the accumulators first, through the same
-// register tile, so the result is rounded once. Every element of C is computed by one thread in an
-// order that does not depend on the number of threads.
+// (microkernel_impl.h). The low-rank tail goes into the same accumulators, so the result is rounded
+// once. Every element of C is computed by one thread in an order that does not depend on the number
+// of threads.
 #include "kernels/cpu/pack_impl.h"
 
 namespace fused_peft::cpu::FUSED_PEFT_ISA {
@@ -75,6 +75,14 @@ inline RowsOfA rows_of_a(const Gemm& g, bool pairs, int64_t m0, int64_t rows, in
   return {staged, k_size * 4};
 }
 
+inline bool is_float(double scale) {
+  return static_cast<double>(static_cast<float>(scale)) == scale;
+}
+
+using DoubleVec = double __attribute__((vector_size(kLanes * 8)));
+
+inline DoubleVec widened(Vec v) { return __builtin_convertvector(v, DoubleVec); }
+
 // A tile of C from its float sums c[rows, ldc]; bias holds the columns' biases as floats.
 template <class T>
 void write_tile_as(const Epilogue& e, const float* c, int64_t ldc, const float* bias, int64_t m0,
@@ -82,11 +90,15 @@ void write_tile_as(const Epilogue& e, const float* c, int64_t ldc, const float* 
   T* out = static_cast<T*>(e.out) + m0 * e.row_stride + n0 * e.col_stride;
   const T* addend = static_cast<const T*>(e.addend.data);
   if (addend) addend += m0 * e.addend.row_stride + n0;
-  const Vec scale = broadcast(e.scale);
+  const bool scales_in_float = is_float(e.scale);
+  const Vec scale = broadcast(static_cast<float>(e.scale));
   const int64_t full = e.col_stride == 1 ? cols / kLanes * kLanes : 0;
   for (int64_t i = 0; i < rows; ++i, c += ldc, out += e.row_stride) {
     const auto value = [&](int64_t j) {
-      const Vec sum = load(c + j) * scale + load(bias + j);
+      const Vec raw = load(c + j), b = load(bias + j);
+      const Vec sum = scales_in_float
+                          ? raw * scale + b
+                          : __builtin_convertvector(widened(raw) * e.scale + widened(b), Vec);
       return addend ? sum + load_partial(addend + i * e.addend.row_stride + j, cols - j) : sum;
     };
     int64_t j = 0;
@@ -178,7 +190,8 @@ struct TaskContext {
   RowsOfA s;
 };
 
-// Rows [m0, m1) of one panel for one k block. The first block of k starts C, the last writes it.
+// Rows [m0, m1) of one panel for one k block. The first block of k starts C, the last adds the
+// low-rank tail and writes it; a tail that is masked starts C.
 inline void panel_block(const TaskContext& task, const Block& block, const Block& next) {
   const Gemm& g = task.g;
   const Scratch& scratch = task.scratch;
@@ -186,7 +199,7 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
   const int vecs = static_cast<int>((cols + kLanes - 1) / kLanes);
   const bool first = k0 == 0;
   const bool last = k0 + k_size == g.k;
-  const bool tail = first && g.r > 0;
+  const bool tail = g.r > 0 && (g.tail_mask.bits ? first : last);
   const TileKernels kernels(task.pairs, task.m1 - task.m0, vecs);
   const bool direct_b = reads_b_in_place(g, task.pairs, task.m1 - task.m0, cols, vecs);
   if (!direct_b) pack_b(g.b, g.b_mask, k0, k_size, n0, cols, vecs, task.pairs, scratch.b);
@@ -195,7 +208,7 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
   load_bias(g.epilogue.bias, n0, cols, bias);
   // Tiles that one k block completes go from the registers to the output.
   const bool direct = first && last && cols == vecs * kLanes && g.epilogue.col_stride == 1 &&
-                      !g.epilogue.addend.data;
+                      !g.epilogue.addend.data && is_float(g.epilogue.scale);
   BlockPrefetch prefetch(g.b, next.k0, next.k_size, next.n0, next.cols,
                          (task.m1 - task.m0) / kernels.full_rows + 1);
   TileArgs args{};
@@ -211,7 +224,7 @@ inline void panel_block(const TaskContext& task, const Block& block, const Block
   args.tail_pairs = task.tail_pairs;
   args.out_stride = g.epilogue.row_stride;
   args.out_dtype = g.epilogue.dtype;
-  args.scale = g.epilogue.scale;
+  args.scale = static_cast<float>(g.epilogue.scale);
   args.bias = bias;
   const int64_t steps = task.pairs ? (k_size + 1) / 2 : k_size;
   const int64_t tail_steps = tail ? (task.tail_pairs ? (g.r + 1) / 2 : g.r) : 0;

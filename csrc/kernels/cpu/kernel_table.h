@@ -20,8 +20,8 @@ struct MaskView {
 
 // Where and how a tile of float sums is written: scale * sum + bias + addend, rounded once.
 struct Epilogue {
-  float scale = 1.0F;
-  MatrixView bias;  // [1, N], data may be null
+  double scale = 1.0;  // not float: its rounding would be in every element alike
+  MatrixView bias;     // [1, N], data may be null
   void* out = nullptr;
   DType dtype = DType::kFloat32;
   int64_t row_stride = 0, col_stride = 1;

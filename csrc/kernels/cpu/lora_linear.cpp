@@ -124,7 +124,7 @@ Gemm down_product(const LoraLinearParams& p, const MatrixView& rows, const MaskV
   g.a = rows;
   g.a_mask = mask;
   g.b = columns;
-  g.epilogue.scale = static_cast<float>(p.scaling / (1.0 - p.dropout_p));
+  g.epilogue.scale = p.scaling / (1.0 - p.dropout_p);
   g.epilogue.out = out;
   g.epilogue.row_stride = p.r;
   return g;
@@ -168,7 +168,7 @@ bool decode_down(const LoraLinearForward& args, const MatrixView& x, const Mask&
   down.k = p.k;
   down.x = x;
   down.weight = p.lora_a;
-  down.epilogue.scale = static_cast<float>(p.scaling);
+  down.epilogue.scale = p.scaling;
   down.epilogue.out = args.s;
   down.epilogue.row_stride = p.r;
   table.decode_block(down, 0, p.r);
@@ -197,7 +197,7 @@ bool decode_forward(const LoraLinearForward& args, const Mask& mask, const Kerne
   Decode main;
   main.m = p.m;
   main.n = p.n;
-  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
+  main.epilogue = {1.0, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
   if (update_alone) {  // s lora_b^T is the product itself
     main.k = p.r;
     main.x = {args.s, p.r, 1, DType::kFloat32};
@@ -235,7 +235,7 @@ bool prepare_gradient(const LoraLinearParams& p, const KernelTable& table, const
   g.gemm.a = {g.rows.get(), p.m, 1, DType::kFloat32};
   g.gemm.b = columns;
   g.gemm.b_mask = mask;
-  g.gemm.epilogue = {1.0F, {}, out, dtype, row_stride, col_stride, {}};
+  g.gemm.epilogue = {1.0, {}, out, dtype, row_stride, col_stride, {}};
   g.panels = ceil_div(n, table.panel);
   return true;
 }
@@ -287,7 +287,7 @@ Status lora_linear_forward(const LoraLinearForward& args, Isa isa, const Paralle
   if (use_decode(p)) return status_of(decode_forward(args, mask, table, parallel));
   const Gemm down = down_product(p, p.x, mask.view, p.k, p.lora_a.transposed(), args.s);
   Gemm main = main_product(p, p.x, p.n, p.k, p.weight.transposed(), args.s, p.lora_b.transposed());
-  main.epilogue = {1.0F, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
+  main.epilogue = {1.0, p.bias, args.y, p.x.dtype, args.y_row_stride, 1, {}};
   if (!p.weight.data) main.epilogue.addend = args.base;
   return status_of(run_products(&down, main, table, parallel));
 }
@@ -314,7 +314,7 @@ Status lora_linear_backward(const LoraLinearBackward& args, Isa isa, const Paral
   if (args.dx) {
     Gemm main = main_product(p, args.dy, p.k, p.n, p.weight, ds.get(), p.lora_a);
     main.tail_mask = mask.view;
-    main.epilogue = {1.0F, {}, args.dx, p.x.dtype, p.k, 1, {}};
+    main.epilogue = {1.0, {}, args.dx, p.x.dtype, p.k, 1, {}};
     if (!run_products(&down, main, table, parallel)) return Status::kOutOfMemory;
   } else if (args.dlora_a) {
     if (!run_products(nullptr, down, table, parallel)) return Status::kOutOfMemory;  // ds alone

@@ -130,8 +130,9 @@ inline void clear(Vec (&acc)[kRows][kVecs]) {
 }
 
 // A float result keeps every rounding of its sum, so long sums are formed of short ones, each from
-// zero, the low-rank tail being the first: the error then grows with the root of kChunkSteps plus
-// the number of chunks. A bfloat16 result hides it under its own rounding.
+// zero: the error then grows with the root of kChunkSteps plus the number of chunks. The low-rank
+// tail is a sum of its own, since either can be much larger than the other, whose chunks would all
+// be rounded to its size. A bfloat16 result hides that under its own rounding.
 constexpr int64_t kChunkSteps = 16;
 
 template <class Columns, int kRows, int kVecs>
@@ -145,11 +146,18 @@ inline void multiply_chunks(const char* a, int64_t lda, Columns columns, int64_t
   }
 }
 
+// The low-rank tail, out of line: its accumulators must not take registers from the loop over k.
+template <int kRows, int kVecs>
+__attribute__((noinline)) void sum_tail(const TileArgs& args, Vec (&tail)[kRows][kVecs]) {
+  Vec acc[kRows][kVecs];
+  clear(tail);
+  multiply_chunks(args.s, args.lds, PackedColumns<kVecs>{args.up}, args.tail_steps, acc, tail);
+}
+
 template <int kRows, int kVecs>
 inline void sum_floats(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
   Vec sum[kRows][kVecs];
   clear(sum);
-  multiply_chunks(args.s, args.lds, PackedColumns<kVecs>{args.up}, args.tail_steps, acc, sum);
   if (!args.b_direct)
     multiply_chunks(args.a, args.lda, PackedColumns<kVecs>{args.b}, args.steps, acc, sum);
   else if (args.b_dtype == DType::kBFloat16)
@@ -160,6 +168,12 @@ inline void sum_floats(const TileArgs& args, Vec (&acc)[kRows][kVecs]) {
     multiply_chunks(args.a, args.lda,
                     DirectColumns<float>{static_cast<const float*>(args.b_direct), args.ldb},
                     args.steps, acc, sum);
+  if (args.tail_steps > 0) {
+    Vec tail[kRows][kVecs];
+    sum_tail(args, tail);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += tail[i][j];
+  }
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3

@@ -14,6 +14,7 @@
 #include "kernels/cuda/philox.cuh"
 #include "kernels/cuda/tile.cuh"
 #include "kernels/ptx/grid_dependency.cuh"
+#include "kernels/ptx/store.cuh"
 
 namespace fused_peft::cuda {
 
@@ -250,7 +251,7 @@ __device__ void store_tile(const float (&acc)[Tile::kRowBlocks][Tile::kColumnBlo
         shared_pointer + tile_offset<Tile::BLOCK_N>(tile_row, chunk));
     auto* out = static_cast<Element*>(p.c) + m * p.c_stride + n;
     if (p.c_aligned && n + kChunk <= p.n) {
-      *reinterpret_cast<uint4*>(out) = values;
+      ptx::store_global_v4(out, values);
     } else {
       const uint32_t words[4] = {values.x, values.y, values.z, values.w};
       for (int e = 0; e < kChunk && n + e < p.n; ++e)

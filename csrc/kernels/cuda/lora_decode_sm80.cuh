@@ -24,8 +24,14 @@ struct LoraDecodeParams {
   int64_t y_stride = 0;
 };
 
+// Two CTAs per SM leave 128 registers a thread, too few for the three-part products of 64 float32
+// columns.
+template <class Factor, int kRank>
+constexpr int kDecodeCtasPerSm = sizeof(Factor) == 4 && kRank > 16 ? 1 : 2;
+
 template <class Element, class Factor, int kRank>
-__global__ void __launch_bounds__(kSkinnyThreads, 2) lora_decode_kernel(const LoraDecodeParams p) {
+__global__ void __launch_bounds__(kSkinnyThreads, kDecodeCtasPerSm<Factor, kRank>)
+    lora_decode_kernel(const LoraDecodeParams p) {
   using Traits = ElementTraits<Element>;
   __shared__ float sums[kSkinnyWarps * kSkinnyRows * sum_row(64)];
   __shared__ float s[kSkinnyRows][kRank + 1];

@@ -1,5 +1,5 @@
-// Two floats in one store. The compiler splits a float2 store where the accumulators come out of a
-// loop.
+// Stores of several words at once. The compiler splits a store of float2 or uint4 where its words
+// come out of a loop or are also used one by one, and each part then touches every sector.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,12 @@ namespace fused_peft::ptx {
 
 __device__ inline void store_global_v2(float* global, float a, float b) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};\n" ::"l"(global), "f"(a), "f"(b) : "memory");
+}
+
+__device__ inline void store_global_v4(void* global, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 __device__ inline void store_shared_v2(uint32_t shared, float a, float b) {

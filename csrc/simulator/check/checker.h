@@ -114,6 +114,8 @@ class Checker {
   // The warp's knowledge goes into / is joined from the variable.
   void release(Warp& warp, SyncVar& variable);
   void acquire(Warp& warp, const SyncVar& variable);
+  // A relaxed arrival: into the variable goes only what the warp's last fence covers.
+  void release_fenced(Warp& warp, SyncVar& variable);
   static void drop(SyncVar& variable);
   // All of these warps have passed one barrier together (bar.sync, barrier.cluster).
   void rendezvous(std::span<Warp* const> warps);

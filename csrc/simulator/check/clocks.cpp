@@ -135,6 +135,7 @@ void acquire(WarpClock& warp, const SyncClock& variable) {
   warp.others = join(warp.others, variable.others);
   warp.fenced = join(warp.fenced, variable.fenced);
   warp.known[warp.self] = warp.now;
+  if (variable.from_fences != nullptr) warp.learn(*variable.from_fences);
 }
 
 void WordClocks::publish(uint64_t address, const WarpClock& warp, const KnowledgePtr& anywhere,

@@ -63,6 +63,7 @@ struct WarpClock {
 struct SyncClock {
   std::vector<uint32_t> known;
   KnowledgePtr others, fenced;
+  KnowledgePtr from_fences;  // of relaxed arrivals, their own cluster's warps included
 };
 
 void release(WarpClock& warp, SyncClock& variable);

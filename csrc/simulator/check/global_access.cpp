@@ -276,10 +276,10 @@ LaneMask Checker::State::access_global(Warp& warp, const Instr& instr, const Acc
   // Usually once: all lanes in one buffer.
   while (left != 0) {
     const uint64_t first = access.address[std::countr_zero(left)];
-    BufferShadow* shadow = used_by[instr.index].load(std::memory_order_relaxed);
+    BufferShadow* shadow = used_by[instr.index].load(std::memory_order_acquire);
     if (shadow == nullptr || !shadow->buffer->contains(first, access.bytes)) {
       shadow = shadow_of(first, access.bytes);
-      used_by[instr.index].store(shadow, std::memory_order_relaxed);
+      used_by[instr.index].store(shadow, std::memory_order_release);
     }
     if (shadow == nullptr) {
       const LaneMask done = access_elsewhere(warp, instr, access, left, &carried);

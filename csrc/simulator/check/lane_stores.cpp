@@ -37,6 +37,7 @@ void LaneStores::add(const Instr& instr, const Access& access, LaneMask lanes) {
   entry.instr = instr.index;
   entry.bytes = access.bytes;
   entry.lanes = lanes;
+  for (int lane = 0; lane < kLanes; ++lane) entry.reached[lane] = LaneMask{1} << lane;
   std::copy(access.address, access.address + kLanes, entry.address.begin());
   entry.lowest = ~uint64_t{0};
   entry.highest = 0;
@@ -49,7 +50,11 @@ void LaneStores::add(const Instr& instr, const Access& access, LaneMask lanes) {
 
 void LaneStores::synchronise(LaneMask lanes) {
   if (lanes == kFullMask) count = 0;
-  for (uint32_t i = 0; i < count; ++i) entries[i].lanes &= ~lanes;
+  for (uint32_t i = 0; i < count; ++i) {
+    for (LaneMask& reached : entries[i].reached) {
+      if ((reached & lanes) != 0) reached |= lanes;
+    }
+  }
 }
 
 const LaneStore* LaneStores::find(const Access& access, LaneMask lanes, LaneMask* loaded) const {
@@ -69,7 +74,8 @@ const LaneStore* LaneStores::find(const Access& access, LaneMask lanes, LaneMask
       for (LaneMask others = store.lanes & ~(LaneMask{1} << lane); others != 0;
            others &= others - 1) {
         const uint64_t written = store.address[std::countr_zero(others)];
-        if (at < written + store.bytes && written < at + access.bytes) {
+        const bool ordered = (store.reached[std::countr_zero(others)] >> lane & 1) != 0;
+        if (!ordered && at < written + store.bytes && written < at + access.bytes) {
           *loaded |= LaneMask{1} << lane;
           break;
         }

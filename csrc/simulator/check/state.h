@@ -120,6 +120,7 @@ struct LaneStore {
   LaneMask lanes = 0;
   uint64_t lowest = 0, highest = 0;  // addresses of first bytes
   std::array<uint64_t, kLanes> address;
+  std::array<LaneMask, kLanes> reached;  // lanes that come behind the store of each lane
 };
 
 // The last few of them. A load by another lane of what one of them stored is a race: since Volta

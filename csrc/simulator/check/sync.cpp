@@ -13,9 +13,18 @@ void Checker::release(Warp& warp, SyncVar& variable) {
 
 void Checker::acquire(Warp& warp, const SyncVar& variable) {
   if (!state_->racecheck || variable.clock == nullptr) return;
+  state_of(warp).lane_stores.count = 0;  // lanes of one warp meet at an mbarrier too
   WarpClock& clock = state_of(warp).clock;
   clock.learn_pending();
   sim::acquire(clock, *static_cast<const SyncClock*>(variable.clock));
+}
+
+void Checker::release_fenced(Warp& warp, SyncVar& variable) {
+  const KnowledgePtr& fenced = state_of(warp).clock.fenced_near;
+  if (!state_->racecheck || fenced == nullptr) return;
+  if (variable.clock == nullptr) variable.clock = new SyncClock;
+  auto& clock = *static_cast<SyncClock*>(variable.clock);
+  clock.from_fences = join(clock.from_fences, fenced);
 }
 
 void Checker::drop(SyncVar& variable) {
@@ -103,6 +112,7 @@ void Checker::synchronised_lanes(Warp& warp, LaneMask lanes) {
 
 void Checker::fence(Warp& warp, Scope scope) {
   if (!state_->racecheck) return;
+  state_of(warp).lane_stores.count = 0;
   WarpClock& clock = state_of(warp).clock;
   clock.learn_pending();
   const KnowledgePtr all = clock.everything();

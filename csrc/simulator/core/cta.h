@@ -53,14 +53,14 @@ class Cta {
   uint32_t shared_bytes = 0;    // kSharedStart + static + dynamic
   NamedBarrier barriers[16];
   uint32_t num_threads = 0;
-  uint32_t live_warps = 0;       // with lanes that have not exited
-  std::vector<Warp*> ready;      // those that can be run
-  uint64_t barriers_passed = 0;  // completions of bar / barrier
-  int64_t free_registers = 0;    // of setmaxnreg's pool
-  uint64_t* progress = nullptr;  // of the worker that runs this CTA
-  uint64_t* clock = nullptr;     // the same; %clock64
+  uint32_t live_warps = 0;          // with lanes that have not exited
+  std::vector<Warp*> ready;         // those that can be run
+  uint64_t barriers_passed = 0;     // completions of bar / barrier
+  int64_t free_registers = 0;       // of setmaxnreg's pool
+  uint64_t* progress = nullptr;     // of the worker that runs this CTA
+  uint64_t* clock = nullptr;        // the same; %clock64
   std::shared_ptr<void> mbarriers;  // exec/mbarrier.h: the mbarrier objects in its shared memory
-  void* check = nullptr;         // the sanitizers' own state of this CTA
+  void* check = nullptr;            // the sanitizers' own state of this CTA
 
   // Something that another warp may wait for has happened: memory that others see has changed, a
   // barrier was passed, a warp has exited. (An atomic that leaves memory as it was is no progress:
@@ -89,7 +89,7 @@ struct LaunchConfig {
   Dim3 grid, block, cluster;  // cluster 1,1,1: none
   uint32_t dynamic_shared = 0;
   bool cooperative = false;
-  std::vector<std::byte> params;  // laid out as Program::params says
+  AlignedBytes params;  // laid out as Program::params says
 };
 
 // A launch under way. Everything a handler may reach hangs from here: warp.cta->launch.

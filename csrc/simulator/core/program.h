@@ -122,7 +122,8 @@ struct SpecialSlot {
   Operand slot;
 };
 
-// Constants are read as vectors: they start at a cache line.
+// Constants are read as vectors, and a kernel's parameters may hold tensor maps: both start at a
+// cache line.
 template <class T>
 struct CacheLineAllocator {
   using value_type = T;
@@ -136,6 +137,8 @@ struct CacheLineAllocator {
   bool operator==(const CacheLineAllocator&) const { return true; }
 };
 
+using AlignedBytes = std::vector<std::byte, CacheLineAllocator<std::byte>>;
+
 struct Program {
   std::string name;  // mangled
   std::vector<Instr> code;
@@ -143,7 +146,7 @@ struct Program {
   std::vector<std::string> texts;  // of each instruction, as in the PTX, for findings and errors
   std::vector<std::string> files;
   std::deque<std::vector<Operand>> operand_pool;  // stable addresses
-  std::vector<std::byte, CacheLineAllocator<std::byte>> constants;
+  AlignedBytes constants;
   std::vector<SpecialSlot> specials;
   std::vector<std::shared_ptr<const void>> extras;
   std::map<std::string, uint32_t>

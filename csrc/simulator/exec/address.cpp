@@ -68,7 +68,7 @@ enum SpaceTest : uint32_t {
 };
 
 bool lies_in(const Warp& warp, uint32_t test, uint64_t address) {
-  const std::vector<std::byte>& params = warp.cta->launch->config.params;
+  const AlignedBytes& params = warp.cta->launch->config.params;
   const auto first = reinterpret_cast<uint64_t>(params.data());
   const bool param = address >= first && address - first < params.size();
   uint64_t offset = address;

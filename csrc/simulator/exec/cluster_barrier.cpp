@@ -108,7 +108,9 @@ Step run_wait(Warp& warp, const Instr& instr, LaneMask mask) {
   }
   warp.cluster_arrived &= ~mask;
   const SyncVar variable{cluster.clocks[odd_now ? 0 : 1]};
-  if (variable.clock) warp.cta->launch->checker->acquire(warp, variable);
+  Checker& checker = *warp.cta->launch->checker;
+  if (variable.clock) checker.acquire(warp, variable);
+  checker.synchronised_lanes(warp, mask);
   return Step::kNext;
 }
 

@@ -97,7 +97,7 @@ LaneMask lanes_of_matrices(int count) {
 
 template <int kCount, bool kTranspose>
 Step ldmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   const LaneMask lanes = lanes_of_matrices(kCount) & mask;
   const Rows rows = access_rows(warp, instr, AccessKind::kRead, lanes, 0, nullptr);
   const LaneMask address_valid = valid_lanes(warp, instr.source(0));
@@ -136,7 +136,7 @@ Step ldmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
 
 template <int kCount, bool kTranspose>
 Step stmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   const LaneMask lanes = lanes_of_matrices(kCount) & mask;
   Matrix matrices[4] = {};
   LaneMask stored = 0;
@@ -162,7 +162,7 @@ Step stmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
 }
 
 Step movmatrix(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   Matrix matrix;
   std::memcpy(matrix.row, lanes_of<uint32_t>(warp, instr.source(0)), sizeof matrix);
   matrix = transposed(matrix);

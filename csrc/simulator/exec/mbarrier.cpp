@@ -14,24 +14,8 @@
 namespace fused_peft::sim {
 namespace {
 
-constexpr uint32_t kMaxCount = (1u << 20) - 1;
 constexpr int64_t kMaxTransactions = (1 << 20) - 1;
 constexpr uint32_t kWordBytes = 8;
-
-// By offset in the CTA's shared memory.
-struct MbarrierTable : std::unordered_map<uint32_t, Mbarrier> {
-  ~MbarrierTable() {
-    for (auto& [offset, barrier] : *this) {
-      Checker::drop(barrier.arriving);
-      Checker::drop(barrier.completed);
-    }
-  }
-};
-
-MbarrierTable& table_of(Cta& cta) {
-  if (!cta.mbarriers) cta.mbarriers = std::make_shared<MbarrierTable>();
-  return *static_cast<MbarrierTable*>(cta.mbarriers.get());
-}
 
 // What an instruction does, of all its qualifiers. Instr::extra.
 struct MbarrierForm {
@@ -53,25 +37,6 @@ Checker& checker_of(const Warp& warp) { return *warp.cta->launch->checker; }
 
 void report(Warp& warp, const Instr& instr, int lane, FindingKind kind, const std::string& text) {
   checker_of(warp).report(warp, instr, LaneMask{1} << lane, kind, text);
-}
-
-void write_word(const Mbarrier& barrier, const MbarrierPlace& place) {
-  const uint64_t word = barrier.encode();
-  std::memcpy(place.cta->shared + place.offset, &word, sizeof word);
-  place.cta->progressed();
-}
-
-// A phase is over when nothing more is expected: the next begins.
-void settle(Mbarrier& barrier, const MbarrierPlace& place) {
-  if (barrier.pending == 0 && barrier.transactions == 0) {
-    ++barrier.phase;
-    barrier.pending = barrier.expected;
-    Checker::drop(barrier.completed);
-    barrier.completed = std::exchange(barrier.arriving, SyncVar{});
-    std::move(barrier.landed.begin(), barrier.landed.end(), std::back_inserter(barrier.unobserved));
-    barrier.landed.clear();
-  }
-  write_word(barrier, place);
 }
 
 // The bytes of the mbarrier as memory: bounds, alignment, and races of init with the rest.
@@ -116,7 +81,7 @@ Step init(Warp& warp, const Instr& instr, LaneMask mask) {
     if (!place_of(warp, instr, address[lane], mbarrier_form(instr).generic, lane, &place)) continue;
     if (!touch_word(warp, instr, place, lane, AccessKind::kWrite)) continue;
     const uint32_t count = count_of(warp, instr, lane);
-    if (count == 0 || count > kMaxCount) {
+    if (count == 0 || count > kMaxArrivals) {
       report(warp, instr, lane, FindingKind::kBarrierCount,
              "mbarrier.init with a count of " + std::to_string(count));
     }
@@ -128,7 +93,7 @@ Step init(Warp& warp, const Instr& instr, LaneMask mask) {
     Checker::drop(barrier.arriving);
     Checker::drop(barrier.completed);
     barrier = Mbarrier{};
-    barrier.expected = barrier.pending = std::clamp(count, 1u, kMaxCount);
+    barrier.expected = barrier.pending = std::clamp(count, 1u, kMaxArrivals);
     write_word(barrier, place);
   }
   return Step::kNext;
@@ -221,41 +186,11 @@ Step async_arrive(Warp& warp, const Instr& instr, LaneMask mask) {
   return Step::kNext;
 }
 
-// The copies of completed phases that nobody had waited for: their bytes are in flight no more.
-void observe(Mbarrier& barrier, Checker& checker) {
-  for (const std::unique_ptr<BulkLoad>& load : barrier.unobserved) {
-    for (std::size_t first = 0; first < load->units.size(); first += kLanes) {
-      uint64_t address[kLanes] = {};
-      LaneMask lanes = 0, initialised = 0;
-      for (std::size_t i = 0; i < std::min<std::size_t>(kLanes, load->units.size() - first); ++i) {
-        const CopyUnit& unit = load->units[first + i];
-        address[i] = shared_address(*load->target, unit.shared);
-        lanes |= LaneMask{!unit.skip} << i;
-        initialised |= LaneMask{unit.initialised} << i;
-      }
-      if (lanes == 0) continue;
-      Access access{Space::kShared, AccessKind::kWrite, kUnitBytes, lanes, address};
-      access.async_proxy = true;
-      checker.end_async(*load->issuer, *load->instr, access, initialised);
-    }
-    checker.release(*load->issuer, barrier.completed);
-  }
-  barrier.unobserved.clear();
-}
-
-// Some of what is in flight lands, now that a thread waits for it: all, or as the dice fall.
-void land_some(Warp& warp, Mbarrier& barrier, const MbarrierPlace& place) {
-  const bool all = warp.cta->launch->options.async_timing != AsyncTiming::kRandom;
-  for (std::size_t i = barrier.in_flight.size(); i-- > 0;) {
-    if (all || i == 0 || moves_early(warp)) land(barrier, place, i);
-  }
-}
-
 // The predicate says whether the phase has completed.
-template <bool kTry>
 Step wait(Warp& warp, const Instr& instr, LaneMask mask) {
   const MbarrierForm& form = mbarrier_form(instr);
-  LaneMask done = 0, failed = 0;
+  LaneMask failed = 0;
+  std::vector<MbarrierPlace> waited_for;
   for_mbarriers(warp, instr, mask, AccessKind::kRead,
                 [&](int lane, const MbarrierPlace& place, Mbarrier& barrier) {
                   const uint64_t wanted =
@@ -263,15 +198,21 @@ Step wait(Warp& warp, const Instr& instr, LaneMask mask) {
                                   : lanes_of<uint64_t>(warp, instr.source(1))[lane] >> 63;
                   if ((barrier.phase & 1) == wanted) {
                     failed |= LaneMask{1} << lane;
-                    land_some(warp, barrier, place);
+                    const bool known = !waited_for.empty() && waited_for.back().cta == place.cta &&
+                                       waited_for.back().offset == place.offset;
+                    if (!known) waited_for.push_back(place);
                     return;
                   }
-                  done |= LaneMask{1} << lane;
                   if (!barrier.unobserved.empty()) observe(barrier, checker_of(warp));
                   if (form.release) checker_of(warp).acquire(warp, barrier.completed);
                 });
+  const LaneMask done = mask & ~failed;
+  if (form.release && done != 0) checker_of(warp).synchronised_lanes(warp, done);
+  // The data lands behind the last lane, so that lanes that wait for one mbarrier hear the same.
+  for (const MbarrierPlace& place : waited_for) {
+    land_some(warp, table_of(*place.cta).at(place.offset), place);
+  }
   // A thread whose mbarrier is unsound does not wait for ever; the fault has been reported.
-  done |= mask & ~failed;
   set_predicate(warp, instr.dest(0), mask, done);
   return failed != 0 ? Step::kYield : Step::kNext;
 }
@@ -281,7 +222,7 @@ Step pending_count(Warp& warp, const Instr& instr, LaneMask mask) {
   uint32_t* count = dest_lanes<uint32_t>(warp, instr.dest(0));
   for (; mask != 0; mask &= mask - 1) {
     const int lane = std::countr_zero(mask);
-    count[lane] = uint32_t(state[lane] >> 20) & kMaxCount;
+    count[lane] = uint32_t(state[lane] >> 20) & kMaxArrivals;
   }
   return Step::kNext;
 }
@@ -328,7 +269,7 @@ void decode_wait(Decoding& d, MbarrierForm& form, bool is_try) {
   d.address();
   d.source(form.parity ? Type::kB32 : Type::kB64);
   if (is_try && d.operands_left() > 0) d.source(Type::kB32);  // how long to suspend
-  finish(d, form, is_try ? wait<true> : wait<false>);
+  finish(d, form, wait);
 }
 
 void decode_mbarrier(Decoding& d) {
@@ -372,93 +313,6 @@ constexpr Opcode kOpcodes[] = {{"mbarrier", decode_mbarrier},
                                {"cp.async.mbarrier", decode_async_arrive}};
 
 }  // namespace
-
-// Bit 63: the phase's parity; pending and expected arrivals; the tx-count.
-uint64_t Mbarrier::encode() const {
-  return (phase & 1) << 63 | (uint64_t(transactions) & 0x1fffff) << 40 |
-         uint64_t(pending & kMaxCount) << 20 | (expected & kMaxCount);
-}
-
-uint64_t shared_address(const Cta& cta, uint64_t offset) {
-  return (uint64_t{cta.rank} + 1) << kSharedRankShift | offset;
-}
-
-bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, int lane,
-              MbarrierPlace* place) {
-  if (generic && split_generic(address) != Space::kShared) {
-    report(warp, instr, lane, FindingKind::kOutOfBounds,
-           "the address of the mbarrier is not in shared memory");
-    return false;
-  }
-  const uint64_t rank = address >> kSharedRankShift;
-  const std::vector<Cta*>& ctas = warp.cta->cluster->ctas;
-  if (rank > ctas.size()) {
-    report(warp, instr, lane, FindingKind::kOutOfBounds,
-           "the mbarrier's CTA is not in the cluster");
-    return false;
-  }
-  place->cta = rank == 0 ? warp.cta : ctas[rank - 1];
-  place->offset = uint32_t(address & ((uint64_t{1} << kSharedRankShift) - 1));
-  place->address = address;
-  return true;
-}
-
-Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane) {
-  MbarrierTable& table = table_of(*place.cta);
-  const auto entry = table.find(place.offset);
-  if (entry == table.end()) {
-    report(warp, instr, lane, FindingKind::kUninitialised,
-           "no mbarrier.init has been executed at this address");
-    return nullptr;
-  }
-  uint64_t word = 0;
-  std::memcpy(&word, place.cta->shared + place.offset, sizeof word);
-  if (word != entry->second.encode()) {
-    report(warp, instr, lane, FindingKind::kOther,
-           "the mbarrier has been overwritten by an ordinary store or copy");
-    write_word(entry->second, place);
-  }
-  return &entry->second;
-}
-
-void BulkLoad::move() const {
-  for (const CopyUnit& unit : units) {
-    if (unit.skip) continue;
-    std::byte* const to = target->shared + unit.shared;
-    if (unit.begin == 0 && unit.end == kUnitBytes) {
-      std::memcpy(to, unit.host, kUnitBytes);
-      continue;
-    }
-    std::memcpy(to, fill, kUnitBytes);
-    if (unit.begin < unit.end)
-      std::memcpy(to + unit.begin, unit.host + unit.begin, unit.end - unit.begin);
-  }
-}
-
-void complete_transactions(Mbarrier& barrier, const MbarrierPlace& place, int64_t bytes) {
-  barrier.transactions -= bytes;
-  settle(barrier, place);
-}
-
-void land(Mbarrier& barrier, const MbarrierPlace& place, std::size_t which) {
-  const auto at = barrier.in_flight.begin() + std::ptrdiff_t(which);
-  std::unique_ptr<BulkLoad> load = std::move(*at);
-  barrier.in_flight.erase(at);
-  load->move();
-  const auto bytes = int64_t(load->bytes);
-  barrier.landed.push_back(std::move(load));
-  complete_transactions(barrier, place, bytes);
-}
-
-bool moves_early(Warp& warp) {
-  const Options& options = warp.cta->launch->options;
-  if (options.async_timing != AsyncTiming::kRandom)
-    return options.async_timing == AsyncTiming::kEarly;
-  uint64_t hash =
-      options.seed * 0x9e3779b97f4a7c15u + warp.uid * 0xbf58476d1ce4e5b9u + ++async_of(warp).issued;
-  hash = (hash ^ (hash >> 31)) * 0x94d049bb133111ebu;
-  return (hash >> 60 & 1) != 0;
-}
 
 const OpcodeFamily kMbarrierFamily{"mbarrier", kOpcodes, std::size(kOpcodes)};
 

@@ -21,6 +21,7 @@ struct CopyUnit {
   bool skip = false;        // out of bounds: reported, not carried out
 };
 constexpr uint32_t kUnitBytes = 16;
+constexpr uint32_t kMaxArrivals = (1u << 20) - 1;  // of a phase
 
 // A copy into the shared memory of one CTA, from its issue until a thread has seen its mbarrier's
 // phase complete.
@@ -58,12 +59,33 @@ struct MbarrierPlace {
   uint64_t address = 0;  // as the instruction has it, window taken off
 };
 
+// The mbarriers of a CTA (Cta::mbarriers), by offset in its shared memory.
+struct MbarrierTable : std::unordered_map<uint32_t, Mbarrier> {
+  ~MbarrierTable() {
+    for (auto& [offset, barrier] : *this) {
+      Checker::drop(barrier.arriving);
+      Checker::drop(barrier.completed);
+    }
+  }
+};
+
+MbarrierTable& table_of(Cta& cta);
+
 // False where the address is none of shared memory (reported).
 bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, int lane,
               MbarrierPlace* place);
 // nullptr where no mbarrier.init has made one there (reported).
 Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane);
 
+// Writes the mbarrier's bytes; settle() first begins a new phase where nothing more is expected of
+// this one.
+void write_word(const Mbarrier& barrier, const MbarrierPlace& place);
+void settle(Mbarrier& barrier, const MbarrierPlace& place);
+
+// A thread has seen that a phase is complete: the bytes of its copies are in flight no more.
+void observe(Mbarrier& barrier, Checker& checker);
+// Some of what is in flight lands, now that a thread waits for it: all, or as the dice fall.
+void land_some(Warp& warp, Mbarrier& barrier, const MbarrierPlace& place);
 // The copy's data moves and its bytes count as arrived.
 void land(Mbarrier& barrier, const MbarrierPlace& place, std::size_t which);
 void complete_transactions(Mbarrier& barrier, const MbarrierPlace& place, int64_t bytes);

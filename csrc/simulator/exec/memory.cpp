@@ -124,7 +124,7 @@ Step load(Warp& warp, const Instr& instr, LaneMask mask) {
 template <uint32_t kBytes>
 Step load_parameter(Warp& warp, const Instr& instr, LaneMask mask) {
   const MemoryForm& form = form_of(instr);
-  const std::vector<std::byte>& params = warp.cta->launch->config.params;
+  const AlignedBytes& params = warp.cta->launch->config.params;
   const uint64_t offset =
       *lanes_of<uint64_t>(warp, instr.source(0)) + static_cast<uint64_t>(instr.imm);
   if (offset >= kCalleeParam || offset + form.bytes() > params.size())

@@ -24,8 +24,8 @@ Step mma(Warp& warp, const Instr& instr, LaneMask mask) {
   static_assert(A::kPerRegister == B::kPerRegister);
   constexpr int kWidth = 4 * A::kPerRegister, kValues = kLanes * A::kPerRegister;
   constexpr MmaOperands kOperands{kChunks * kRows / 8, kChunks, Accumulator::kRegisters};
-  if (mask != kFullMask) [[unlikely]]
-    check_whole_warp(warp, instr, mask);
+  if (mask != kFullMask && waits_for_lanes(warp, instr, mask)) [[unlikely]]
+    return Step::kBlock;
   alignas(64) float a[kOperands.num_a * kValues], b[kChunks * kValues], d[kRows * 8];
   for (int i = 0; i < kOperands.num_a; ++i) {
     A::load(lanes_of<uint32_t>(warp, kOperands.a(instr, i)), a + i * kValues, kLanes);
@@ -196,12 +196,18 @@ void take_mma_operands(Decoding& d, Type type_d, int num_d, Type type_ab, int nu
   take_vector(d, type_d, num_d, false);
 }
 
-void check_whole_warp(Warp& warp, const Instr& instr, LaneMask mask) {
-  if (mask == kFullMask) return;
+bool waits_for_lanes(Warp& warp, const Instr& instr, LaneMask mask) {
+  if (mask == kFullMask) return false;
+  if (mask != warp.alive() && !warp.stuck) {
+    warp.current.wait = Wait::kConverge;
+    warp.current.waits_for = "the other lanes of its warp";
+    return true;
+  }
   char text[96];
   std::snprintf(text, sizeof text, "all lanes of the warp must execute it, these do not: %08x",
                 ~mask);
   warp.cta->launch->checker->report(warp, instr, mask, FindingKind::kOther, text);
+  return false;
 }
 
 }  // namespace fused_peft::sim

@@ -11,7 +11,7 @@ namespace {
 template <int kRows, int kChunks, bool kXor>
 Step mma_b1(Warp& warp, const Instr& instr, LaneMask mask) {
   constexpr MmaOperands kOperands{kChunks * kRows / 8, kChunks, kRows / 4};
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   alignas(64) uint32_t d[kOperands.num_c][kLanes];
   for (int i = 0; i < kOperands.num_c; ++i) {
     const auto* c = lanes_of<uint32_t>(warp, kOperands.c(instr, i));

@@ -9,7 +9,7 @@ namespace {
 template <int kRows, int kChunks>
 Step mma_f64(Warp& warp, const Instr& instr, LaneMask mask) {
   constexpr MmaOperands kOperands{kChunks * kRows / 8, kChunks, kRows / 4};
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   const double* a[kOperands.num_a];
   const double* b[kChunks];
   for (int i = 0; i < kOperands.num_a; ++i) a[i] = lanes_of<double>(warp, kOperands.a(instr, i));

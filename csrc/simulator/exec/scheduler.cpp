@@ -21,7 +21,7 @@ constexpr uint32_t kWarpSlice = 8;
 constexpr uint32_t kCtaTurn = 14;
 constexpr uint32_t kSlowdown = 4;
 // A CTA's turn ends early when it makes no progress for so long.
-constexpr uint64_t kFruitless = 4096;
+constexpr uint64_t kFruitless = 1024;
 // Lanes that are behind keep the others of their warp waiting for so many instructions at most.
 constexpr uint32_t kDivergencePatience = 4096;
 // CTAs are started a few at a time, which keeps their registers in the cache; after so many

@@ -34,9 +34,9 @@ Step collective(Warp& warp, const Instr& instr, LaneMask mask, const Operand& me
       report_not_member(warp, instr, group & ~named);
     if (named & warp.alive() & ~group) continue;
     op(group);
+    warp.cta->launch->checker->synchronised_lanes(warp, group);
     ready |= group;
   }
-  if (ready != 0) warp.cta->launch->checker->synchronised_lanes(warp, ready);
   if (ready == mask) [[likely]]
     return Step::kNext;
   if (ready != 0) warp.detach_others(mask & ~ready);

@@ -37,7 +37,8 @@ uint32_t read_rows(Warp& warp, const Instr& instr, const MatrixDescriptor& matri
                              : matrix.chunk_of_row(first + inner, outer);
   }
   LaneMask valid = 0;
-  const Access access{Space::kShared, AccessKind::kRead, kChunkBytes, lanes, address};
+  Access access{Space::kShared, AccessKind::kRead, kChunkBytes, lanes, address};
+  access.async_proxy = true;
   const LaneMask good = warp.cta->launch->checker->access(warp, instr, access, 0, &valid);
   std::byte* host[kLanes] = {};
   host_addresses(warp, Space::kShared, address, good, host);

@@ -101,13 +101,13 @@ Step meet(Warp& warp, Count count, const char* waits_for, Last last) {
 // The warps wait for one another, as they do on the device (CUTLASS's wgmma_sm90.cu depends on it),
 // but the ISA does not promise that it orders their accesses: for the race check it is no barrier.
 Step fence(Warp& warp, const Instr& instr, LaneMask mask) {
-  if (!warp.current.arrived) check_whole_warp(warp, instr, mask);
+  if (!warp.current.arrived && waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   return meet(warp, &WgmmaState::fences, "the other warps of its warpgroup at wgmma.fence",
               [](const std::vector<Warp*>&) {});
 }
 
 Step commit_group(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   WgmmaState& state = wgmma_of(warp);
   state.groups.push_back(std::move(state.open));
   state.open.clear();
@@ -118,7 +118,7 @@ Step commit_group(Warp& warp, const Instr& instr, LaneMask mask) {
 // four warps.
 Step wait_group(Warp& warp, const Instr& instr, LaneMask mask) {
   if (!warp.current.arrived) {
-    check_whole_warp(warp, instr, mask);
+    if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
     retire(warp, wgmma_of(warp), size_t(instr.imm));
   }
   return meet(
@@ -134,7 +134,7 @@ WgmmaState& wgmma_of(Warp& warp) {
 }
 
 Step issue_wgmma(Warp& warp, const Instr& instr, LaneMask mask) {
-  check_whole_warp(warp, instr, mask);
+  if (waits_for_lanes(warp, instr, mask)) return Step::kBlock;
   if ((warp.index | 3) >= warp.cta->warps.size()) {
     warp.cta->launch->checker->report(warp, instr, mask, FindingKind::kOther,
                                       "its warpgroup has less than four warps");

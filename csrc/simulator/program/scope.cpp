@@ -42,7 +42,8 @@ const Symbol* Scope::find_numbered(std::string_view name, Frame& frame) {
     uint32_t index = 0;
     const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), index);
     if (error != std::errc() || index >= numbered.count) return nullptr;
-    return &symbols_.emplace(name, make_register(numbered.type, numbered.vector, frame)).first->second;
+    return &symbols_.emplace(name, make_register(numbered.type, numbered.vector, frame))
+                .first->second;
   }
   return nullptr;
 }

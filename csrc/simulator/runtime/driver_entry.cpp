@@ -30,10 +30,12 @@ void* find_driver_function(std::string_view name) {
 
 using namespace fused_peft::sim;
 
-FUSED_PEFT_SIM_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
-                                                                cudaDriverEntryPointQueryResult* status) {
+FUSED_PEFT_SIM_API cudaError_t
+cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                 cudaDriverEntryPointQueryResult* status) {
   *function = find_driver_function(symbol);
-  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  if (status)
+    *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   if (!*function) stop_unimplemented("cudaGetDriverEntryPointByVersion", symbol);
   return cudaSuccess;
 }

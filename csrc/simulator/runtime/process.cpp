@@ -85,8 +85,8 @@ Process::Process() {
   }
 }
 
-std::vector<std::byte> pack_params(const Program& program, void** arguments) {
-  std::vector<std::byte> params(program.param_bytes);
+AlignedBytes pack_params(const Program& program, void** arguments) {
+  AlignedBytes params(program.param_bytes);
   for (size_t i = 0; i < program.params.size(); ++i)
     std::memcpy(params.data() + program.params[i].offset, arguments[i], program.params[i].bytes);
   return params;

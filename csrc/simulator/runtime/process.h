@@ -70,7 +70,7 @@ class Process {
 // a program that runs unmodified).
 int execute(HostKernel& kernel, LaunchConfig config);
 // Copies the arguments' bytes into the layout that the kernel's parameters have.
-std::vector<std::byte> pack_params(const Program& program, void** arguments);
+AlignedBytes pack_params(const Program& program, void** arguments);
 
 // Counters and findings as JSON.
 std::string report_json(const Process& process);

@@ -1,0 +1,108 @@
+"""The machine code in the package: registers, spills, tensor-core and copy instructions.
+
+Read from the built extension itself by cuobjdump (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fused_peft import _C
+
+ARCHITECTURES = [str(a) for a in _C.build_info()["cuda_architectures"]]
+SPEC = importlib.util.find_spec("nvidia.cu13")
+FOLDER = Path(next(iter(SPEC.submodule_search_locations))) / "bin" if SPEC else Path()
+SEARCH = f"{FOLDER}{os.pathsep}{os.environ['PATH']}"
+CUOBJDUMP = shutil.which("cuobjdump", path=SEARCH)
+
+pytestmark = [
+    pytest.mark.skipif(not ARCHITECTURES, reason="no nvcc, so no CUDA kernels were built"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is not installed"),
+]
+
+
+def cuobjdump(*arguments: str) -> str:
+    return subprocess.run(
+        [CUOBJDUMP, *arguments, _C.__file__],
+        check=True, capture_output=True, text=True, env={**os.environ, "PATH": SEARCH},
+    ).stdout  # fmt: skip
+
+
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """REG, STACK, SHARED (static), LOCAL ... of each (architecture, kernel)."""
+    found, architecture, kernel = {}, "", ""
+    for line in cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"\s*arch = sm_(\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line and kernel:
+            found[architecture, kernel] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def loops(lines: list[tuple[int, str]]) -> list[Counter[str]]:
+    """Opcodes of each loop: from the target of a backward branch to the branch."""
+    result = []
+    for address, text in lines:
+        match = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if match and int(match[1], 16) < address:
+            first = int(match[1], 16)
+            body = [t for a, t in lines if first <= a <= address]
+            result.append(Counter(re.sub(r"^@!?\w+ ", "", t).split()[0] for t in body))
+    return result
+
+
+def machine_code(architecture: str) -> dict[str, list[tuple[int, str]]]:
+    """Address and text of each instruction of each kernel."""
+    kernels: dict[str, list[tuple[int, str]]] = {}
+    lines: list[tuple[int, str]] = []
+    for line in cuobjdump("-sass", "-arch", f"sm_{architecture}").splitlines():
+        if match := re.match(r"\s+Function : (\w+)", line):
+            lines = kernels.setdefault(match[1], [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            lines.append((int(match[1], 16), match[2].strip()))
+    return kernels
+
+
+def test_no_kernel_uses_local_memory():
+    found = resources()
+    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
+    assert len(found) >= 80 * len(ARCHITECTURES)
+    for key, usage in found.items():
+        assert usage["STACK"] == usage["LOCAL"] == 0, key
+        assert 0 < usage["REG"] <= 255, key
+        assert usage["SHARED"] <= 48 * 1024, key
+
+
+@pytest.mark.parametrize("architecture", [a for a in ("80", "90") if a in ARCHITECTURES])
+def test_main_loops(architecture):
+    kernels = machine_code(architecture)
+    gemms = 0
+    for name, lines in kernels.items():
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        assert not any(o.startswith(("LDL", "STL")) for o in opcodes), name
+        if not any(part in name for part in ("gemm_dual", "x_pass", "dy_pass")):
+            continue
+        # The loop that both copies and multiplies.
+        main = [
+            loop
+            for loop in loops(lines)
+            if any(o.startswith("HMMA") for o in loop) and any(o.startswith("LDGSTS") for o in loop)
+        ]
+        assert main, name
+        for loop in main:
+            assert any(o.startswith("LDSM") for o in loop), name
+            assert any(re.match(r"LDGSTS\.E\.BYPASS\.(LTC\w+\.)?128", o) for o in loop), name
+        if "gemm_dual" in name:
+            gemms += 1
+            assert any(o.startswith("STG.E.128") for o in opcodes), name
+    assert gemms >= 16
