@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import ISAS, forced, relative_error
+from backends import BACKENDS, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -143,7 +143,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_not_above_plain_torch(isa, shape, causal, dtype):
+def test_error_is_not_above_plain_torch(backend, shape, causal, dtype):
     assert_no_worse_than_torch(make(*shape, DTYPES[dtype]), causal=causal)
 
 
@@ -163,14 +163,14 @@ OPTIONS = {
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_masks_and_options(isa, option, batched, causal, dtype):
+def test_masks_and_options(backend, option, batched, causal, dtype):
     t = make(2, 6, 2, 33, 40, 64, 10, DTYPES[dtype], batched=batched)
     assert_no_worse_than_torch(t, causal=causal, **OPTIONS[option])
 
 
 @pytest.mark.parametrize("layout", ["bshd", "columns"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_strided_layouts_give_the_same_bits(isa, layout, dtype):
+def test_strided_layouts_give_the_same_bits(backend, layout, dtype):
     t = make(2, 6, 2, 33, 40, 64, 10, DTYPES[dtype], layout=layout)
     strided = run(ops.prefix_attention, t, causal=True)
     plain = run(ops.prefix_attention, {k: v.contiguous() for k, v in t.items()}, causal=True)
@@ -178,7 +178,7 @@ def test_strided_layouts_give_the_same_bits(isa, layout, dtype):
         assert torch.equal(strided[name], value), name
 
 
-def test_a_prefix_expanded_by_the_caller_gets_a_gradient_for_each_row(isa):
+def test_a_prefix_expanded_by_the_caller_gets_a_gradient_for_each_row(backend):
     t = make(3, 4, 2, 9, 9, 32, 5, torch.float32)
     expanded = {k: v.expand(3, -1, -1, -1) if "prefix" in k else v for k, v in t.items()}
     shared = run(ops.prefix_attention, t, causal=True)
@@ -201,11 +201,13 @@ def test_a_prefix_expanded_by_the_caller_gets_a_gradient_for_each_row(isa):
     window=st.sampled_from([None, None, 1, 13]),
     drop=st.sampled_from([0.0, 0.0, 0.2]),
     dtype=st.sampled_from(sorted(DTYPES)),
-    isa=st.sampled_from(ISAS),
+    backend=st.sampled_from(BACKENDS),
     data=st.data(),
 )
-def test_drawn_problems(b, hkv, group, s, more_keys, d, p, causal, window, drop, dtype, isa, data):
-    with forced(isa):
+def test_drawn_problems(
+    b, hkv, group, s, more_keys, d, p, causal, window, drop, dtype, backend, data
+):
+    with forced(backend):
         keys = s + more_keys
         t = make(b, hkv * group, hkv, s, keys, d, max(p, 1), DTYPES[dtype], seed=s + 7 * d + p)
         options = {"causal": causal, "sliding_window": window}
@@ -219,7 +221,7 @@ def test_drawn_problems(b, hkv, group, s, more_keys, d, p, causal, window, drop,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 6, 2, 33, 40, 64, 10), (1, 2, 1, 150, 600, 32, 70)], ids=str)
-def test_dropout_matches_the_reference_mask(isa, shape, dtype):
+def test_dropout_matches_the_reference_mask(backend, shape, dtype):
     seed = torch.tensor(0x0123456789ABCDEF)
     t = make(*shape, DTYPES[dtype])
     assert_no_worse_than_torch(t, causal=True, dropout_p=0.3, seed=seed)
@@ -228,7 +230,7 @@ def test_dropout_matches_the_reference_mask(isa, shape, dtype):
     assert_no_worse_than_torch(t, key_mask=mask, dropout_p=0.3, seed=seed)
 
 
-def test_a_query_without_keys_gives_zeros(isa):
+def test_a_query_without_keys_gives_zeros(backend):
     t = make(2, 2, 1, 6, 6, 16, 0, torch.float32)
     mask = torch.tensor([[False] * 6, [True] * 6])
     out = run(ops.prefix_attention, t, causal=True, key_mask=mask)
@@ -239,7 +241,7 @@ def test_a_query_without_keys_gives_zeros(isa):
 
 
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
-def test_empty_dimensions(isa, empty):
+def test_empty_dimensions(backend, empty):
     b, s, keys = (
         0 if empty == n else size for n, size in (("batch", 2), ("queries", 3), ("keys", 5))
     )
@@ -256,7 +258,7 @@ def test_empty_dimensions(isa, empty):
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_largest_score_anywhere(isa, order, dtype):
+def test_the_largest_score_anywhere(backend, order, dtype):
     # Scores of 50 to 100 that rise from block to block of keys, so each has a larger maximum than
     # all before it, or fall, so that whole blocks weigh nothing.
     t = make(1, 4, 2, 130, 1300, 64, 20, DTYPES[dtype])
@@ -267,7 +269,7 @@ def test_the_largest_score_anywhere(isa, order, dtype):
     assert_no_worse_than_torch(t, causal=True, scale=0.3)
 
 
-def test_prefix_alone_equals_the_same_keys_in_the_sequence(isa):
+def test_prefix_alone_equals_the_same_keys_in_the_sequence(backend):
     t = make(2, 4, 2, 9, 9, 32, 6, torch.float32)
     joined = dict(t)
     for n in ("k", "v"):
@@ -327,7 +329,7 @@ def test_any_number_of_threads(shape, threads):
         torch.set_num_threads(before)
 
 
-def test_masked_keys_of_any_value_do_not_matter(isa):
+def test_masked_keys_of_any_value_do_not_matter(backend):
     t = make(2, 4, 2, 20, 32, 64, 5, torch.bfloat16)
     lengths = torch.tensor([20, 28])
     options = {"causal": True, "query_start": lengths - 20}

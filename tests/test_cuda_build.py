@@ -1,6 +1,6 @@
 """The machine code in the package: registers, spills, tensor-core and copy instructions.
 
-Read from the built extension itself by cuobjdump (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+Read from the built extension itself by cuobjdump and nvdisasm (both on PyPI as nvidia-cuda-...).
 """
 
 from __future__ import annotations

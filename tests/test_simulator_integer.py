@@ -64,12 +64,12 @@ def test_unary(op: str, type_name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("type_name", ALL)
-@pytest.mark.parametrize("part", ["lo", "hi", "wide"])
+@pytest.mark.parametrize(
+    ("part", "type_name"),
+    [*((part, t) for part in ("lo", "hi") for t in ALL), *(("wide", t) for t in ALL[:4])],
+)
 def test_mad(part: str, type_name: str) -> None:
     width = int(type_name[1:])
-    if part == "wide" and width == 64:
-        pytest.skip("there is no 128-bit product")
     wide = 2 * width if part == "wide" else width
     shift = width if part == "hi" else 0
     wide_type = f"{type_name[0]}{wide}"
@@ -133,11 +133,15 @@ def test_sad(type_name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("type_name", ["u16x2", "s16x2"])
-@pytest.mark.parametrize("op", ["add", "min", "max", "min.relu", "max.relu"])
+@pytest.mark.parametrize(
+    ("op", "type_name"),
+    [
+        *((op, t) for op in ("add", "min", "max") for t in ("u16x2", "s16x2")),
+        ("min.relu", "s16x2"),
+        ("max.relu", "s16x2"),
+    ],
+)
 def test_pairs(op: str, type_name: str) -> None:
-    if "relu" in op and type_name == "u16x2":
-        pytest.skip(".relu is for signed numbers")
     functions = {"add": int.__add__, "min": min, "max": max}
 
     def one(a: int, b: int) -> int:

@@ -12,8 +12,8 @@ constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 
 
 enum class Status : int32_t {
   kOk = 0,
-  kUnsupported,  // no kernel covers this problem; the caller falls back
-  kOutOfMemory,  // the workspace could not be allocated; no output was completed
+  kUnsupported,   // no kernel covers this problem; the caller falls back
+  kOutOfMemory,   // the workspace could not be allocated; no output was completed
   kLaunchFailed,  // the device's runtime refused a launch; its last error says why
 };
 

@@ -11,19 +11,31 @@ from torch import Tensor
 from fused_peft import _C, reference
 
 from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
+from ._devices import CUDA_DTYPES, kernel_device, kernel_op
 
 MAX_HEAD_DIM: int = _C.max_head_dim
 
 
-def attention_fallback_reason(q: Tensor, scale: float | None = None) -> str | None:
+def attention_fallback_reason(
+    q: Tensor, scale: float | None = None, dropout_p: float = 0.0
+) -> str | None:
     """Why no kernel covers the problem, or None where one does.
 
     Args:
         q: ``[B, Hq, S, D]``.
         scale: the factor on the scores, None for the default.
+        dropout_p: of the attention weights.
     """
-    if q.device.type != "cpu":
-        return f"q is on {q.device}; kernels exist for: cpu"
+    device, reason = kernel_device(q)
+    if device is None:
+        return reason
+    if device == "cuda":
+        if q.dtype not in CUDA_DTYPES:
+            return f"q is {q.dtype}; CUDA kernels exist for bfloat16 and float16"
+        if q.shape[-1] % 8 != 0:
+            return f"the head dimension is {q.shape[-1]}; CUDA kernels take multiples of 8"
+        if dropout_p > 0.0:
+            return "attention dropout, which the CUDA kernels do not have"
     if q.dtype not in KERNEL_DTYPES:
         return f"q is {q.dtype}; kernels exist for float32, bfloat16 and float16"
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -185,7 +197,7 @@ def prefix_attention(
         q, k, v, prefix_k, prefix_v, causal, key_lengths, key_mask, query_start, sliding_window
     )
     check_dropout(dropout_p, seed)
-    if attention_fallback_reason(q, scale) is None and not differentiated_otherwise():
+    if attention_fallback_reason(q, scale, dropout_p) is None and not differentiated_otherwise():
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         operands = (q, k, v, prefix_k, prefix_v, key_lengths, key_mask, query_start, causal,
                     sliding_window or 0, scale, dropout_p, seed)  # fmt: skip
@@ -195,7 +207,7 @@ def prefix_attention(
             out = _PrefixAttentionFunction.apply(*operands)  # type: ignore[no-untyped-call]
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                out, _ = torch.ops.fused_peft.prefix_attention.default(*operands)
+                out, _ = kernel_op("prefix_attention")(*operands)
         return out  # type: ignore[no-any-return]
     return reference.prefix_attention(
         q,
@@ -286,7 +298,7 @@ class _PrefixAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.fused_peft.prefix_attention.default(*operands)
+            out, lse = kernel_op("prefix_attention")(*operands)
         _save_for_backward(ctx, operands, out, lse)
         return out  # type: ignore[no-any-return]
 
@@ -300,7 +312,7 @@ class _PrefixAttentionFunction(torch.autograd.Function):
 
 def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fused_peft.prefix_attention_backward.default(  # type: ignore[no-any-return]
+        return kernel_op("prefix_attention_backward")(  # type: ignore[no-any-return]
             *operands
         )
 

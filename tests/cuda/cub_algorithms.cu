@@ -1,4 +1,5 @@
-// CUB's device-wide and block-wide algorithms on n integers; results go to standard output, one line a result.
+// CUB's device-wide and block-wide algorithms on n integers; results go to standard output, one
+// line a result.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -55,9 +56,13 @@ int main(int argc, char** argv) {
   unsigned* keys_out;
   cudaMalloc(&out, n * sizeof(int));
   cudaMalloc(&keys_out, n * sizeof(unsigned));
-  run([&](void* temporary, size_t& bytes) { cub::DeviceReduce::Sum(temporary, bytes, in, out, n); });
+  run([&](void* temporary, size_t& bytes) {
+    cub::DeviceReduce::Sum(temporary, bytes, in, out, n);
+  });
   print("reduce", out, 1);
-  run([&](void* temporary, size_t& bytes) { cub::DeviceScan::InclusiveSum(temporary, bytes, in, out, n); });
+  run([&](void* temporary, size_t& bytes) {
+    cub::DeviceScan::InclusiveSum(temporary, bytes, in, out, n);
+  });
   print("scan", out, n);
   run([&](void* temporary, size_t& bytes) {
     cub::DeviceRadixSort::SortKeys(temporary, bytes, keys_in, keys_out, n);

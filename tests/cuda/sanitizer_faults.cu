@@ -1,6 +1,7 @@
-// Small kernels for blocks of 128 threads, each with one fault where FAULTY is 1 and mended where it is 0.
-// Whatever the schedule, the line with "// expect: KIND" is named for that fault (or one of several kinds; one
-// of several lines where who comes last decides); lines with "// or: KIND" may be named as well.
+// Small kernels for blocks of 128 threads, each with one fault where FAULTY is 1 and mended where
+// it is 0. Whatever the schedule, the line with "// expect: KIND" is named for that fault (or one
+// of several kinds; one of several lines where who comes last decides); lines with "// or: KIND"
+// may be named as well.
 #include <cstdint>
 
 #ifndef FAULTY
@@ -14,18 +15,20 @@ __device__ uint32_t shared_address(const void* p) {
 }
 
 __device__ void copy_async_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
 }
 __device__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
-__device__ void wait_async() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+__device__ void wait_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // ---- bounds and alignment
 
 KERNEL global_read_behind_end(const float* in, float* out, int n) {
   int i = threadIdx.x + FAULTY;
-  if (i < n + FAULTY)
-    out[threadIdx.x] = in[i];  // expect: out of bounds
+  if (i < n + FAULTY) out[threadIdx.x] = in[i];  // expect: out of bounds
 }
 
 KERNEL global_write_before_start(float* out) {
@@ -38,7 +41,7 @@ KERNEL null_pointer(const float* in, float* out, const float* null) {
 }
 
 KERNEL shared_write_behind_end(float* out) {
-  extern __shared__ float tile[];  // 128 floats
+  extern __shared__ float tile[];     // 128 floats
   tile[threadIdx.x + FAULTY] = 2.0f;  // expect: out of bounds
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x / 2 + 1];
@@ -49,7 +52,10 @@ KERNEL shared_null(float* out) {
   tile[threadIdx.x] = 1.0f;
   uint32_t address = FAULTY ? 4 * threadIdx.x : shared_address(tile + threadIdx.x);
   float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");  // expect: out of bounds
+  asm volatile("ld.shared.f32 %0, [%1];"
+               : "=f"(x)
+               : "r"(address)
+               : "memory");  // expect: out of bounds
   out[threadIdx.x] = x;
 }
 
@@ -75,7 +81,10 @@ KERNEL shared_misaligned(double* out) {
   __syncthreads();
   uint32_t address = shared_address(tile) / 8 * 8 + 8 * threadIdx.x + 4 * FAULTY;
   double x;
-  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");  // expect: misaligned
+  asm volatile("ld.shared.f64 %0, [%1];"
+               : "=d"(x)
+               : "r"(address)
+               : "memory");  // expect: misaligned
   out[threadIdx.x] = x;
 }
 
@@ -84,7 +93,9 @@ KERNEL constant_behind_end(int* out, int far) {
   int i = threadIdx.x % 32;
   const int* p = table + i + FAULTY * far;
   int x;
-  asm volatile("ld.const.s32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_constant(p)));  // expect: out of bounds
+  asm volatile("ld.const.s32 %0, [%1];"
+               : "=r"(x)
+               : "l"(__cvta_generic_to_constant(p)));  // expect: out of bounds
   out[threadIdx.x] = x;
 }
 
@@ -137,7 +148,10 @@ KERNEL uninitialised_branch(float* out) {
   __shared__ volatile int flag;
   if (!FAULTY && threadIdx.x == 0) flag = 1;
   __syncthreads();
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p bra DONE; st.global.s32 [%1], 7; DONE: }" ::"r"(flag), "l"(out + threadIdx.x));  // expect: uninitialised
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p bra DONE; st.global.s32 [%1], 7; DONE: }" ::"r"(
+          flag),
+      "l"(out + threadIdx.x));  // expect: uninitialised
 }
 
 // ---- races
@@ -163,8 +177,7 @@ KERNEL write_before_readers_are_done(float* out) {
 
 KERNEL two_warps_write(int* out) {
   __shared__ int word;
-  if (FAULTY ? threadIdx.x % 32 == 0 : threadIdx.x == 0)
-    word = threadIdx.x;  // expect: race
+  if (FAULTY ? threadIdx.x % 32 == 0 : threadIdx.x == 0) word = threadIdx.x;  // expect: race
   __syncthreads();
   if (threadIdx.x == 0) *out = word;
 }
@@ -194,7 +207,8 @@ KERNEL write_behind_readers_of_other_blocks(int* data, volatile int* readers, in
     if (threadIdx.x == 0) atomicAdd(const_cast<int*>(readers), 1);
   } else {
     if (threadIdx.x == 0) {
-      while (*readers < int(gridDim.x) - 1) {}
+      while (*readers < int(gridDim.x) - 1) {
+      }
       __threadfence();
     }
     __syncthreads();
@@ -237,7 +251,8 @@ KERNEL flag_without_fence(int* data, volatile int* flag, int* out) {
     if (threadIdx.x == 0) *flag = 1;
   } else {
     if (threadIdx.x == 0) {
-      while (*flag == 0) {}
+      while (*flag == 0) {
+      }
       __threadfence();
     }
     __syncthreads();
@@ -250,11 +265,14 @@ KERNEL fence_of_narrow_scope(int* data, volatile int* flag, int* out) {
   if (threadIdx.x != 0) return;
   if (blockIdx.x == 0) {
     *data = 42;
-    if (FAULTY) __threadfence_block();
-    else __threadfence();
+    if (FAULTY)
+      __threadfence_block();
+    else
+      __threadfence();
     *flag = 1;
   } else {
-    while (*flag == 0) {}
+    while (*flag == 0) {
+    }
     __threadfence();
     *out = *data;  // expect: race
   }
@@ -268,8 +286,10 @@ KERNEL reader_without_acquire(int* data, int* flag, int* out) {
   } else {
     int seen = 0;
     while (seen == 0) {
-      if (FAULTY) asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-      else asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+      if (FAULTY)
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+      else
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
     }
     *out = *data;  // expect: race
   }
@@ -357,7 +377,9 @@ KERNEL copy_without_barrier(const float4* in, float4* out) {
   wait_async<0>();
   if (!FAULTY) __syncthreads();
   // A warp that comes later reads behind the wait of the one that copied, an earlier one before it.
-  out[threadIdx.x] = tile[127 - threadIdx.x];  // expect: race | asynchronous copy not waited for // or: uninitialised
+  out[threadIdx.x] =
+      tile[127 -
+           threadIdx.x];  // expect: race | asynchronous copy not waited for // or: uninitialised
 }
 
 KERNEL copy_over_readers(const float4* in, float4* out) {
@@ -381,7 +403,10 @@ KERNEL matrix_load_not_waited(const float4* in, uint32_t* out) {
   __syncwarp();
   uint32_t a, b, c, d;
   uint32_t row = shared_address(tile + threadIdx.x);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(row) : "memory");  // expect: asynchronous copy not waited for
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(row)
+               : "memory");  // expect: asynchronous copy not waited for
   out[threadIdx.x] = a ^ b ^ c ^ d;
   wait_async<0>();
 }

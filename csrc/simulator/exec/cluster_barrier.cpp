@@ -72,17 +72,19 @@ Step run_arrive(Warp& warp, const Instr& instr, LaneMask mask) {
   const uint64_t parity = cluster.generation & 1;
   warp.cluster_arrived |= fresh;
   warp.cluster_odd = parity ? warp.cluster_odd | fresh : warp.cluster_odd & ~fresh;
-  if (!(instr.variant & kRelaxed)) {
-    Checker& checker = *warp.cta->launch->checker;
-    if (cluster.arrived == 0) {
-      SyncVar old{cluster.clocks[parity]};
-      if (old.clock) checker.drop(old);
-      cluster.clocks[parity] = nullptr;
-    }
-    SyncVar variable{cluster.clocks[parity]};
-    checker.release(warp, variable);
-    cluster.clocks[parity] = variable.clock;
+  Checker& checker = *warp.cta->launch->checker;
+  if (cluster.arrived == 0) {
+    SyncVar old{cluster.clocks[parity]};
+    if (old.clock) checker.drop(old);
+    cluster.clocks[parity] = nullptr;
   }
+  SyncVar variable{cluster.clocks[parity]};
+  if (instr.variant & kRelaxed) {
+    checker.release_fenced(warp, variable);  // what a fence before it covers, and no more
+  } else {
+    checker.release(warp, variable);
+  }
+  cluster.clocks[parity] = variable.clock;
   cluster.arrived += uint32_t(std::popcount(fresh));
   complete_if_all(cluster);
   return Step::kNext;

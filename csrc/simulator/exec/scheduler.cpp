@@ -179,6 +179,10 @@ void Worker::start_cluster(uint64_t number) {
   running_.push_back(std::move(slot));
 }
 
+Worker::~Worker() {
+  while (!running_.empty()) finish_cluster(running_.size() - 1);
+}
+
 void Worker::finish_cluster(size_t i) {
   std::unique_ptr<ClusterSlot> slot = std::move(running_[i]);
   running_[i] = std::move(running_.back());

@@ -57,6 +57,8 @@ struct LaunchQueue {
 class Worker {
  public:
   Worker(Launch& launch, LaunchQueue& queue, const ValidityPlan* plan, uint32_t number);
+  // A launch that fails leaves clusters that have not ended.
+  ~Worker();
 
   void run();
   const std::vector<InstrCount>& counts() const { return counts_; }

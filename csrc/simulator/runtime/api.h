@@ -1,4 +1,5 @@
-// What the files that export the CUDA runtime's symbols share. Types come from the toolkit's headers; nothing of it is linked.
+// What the files that export the CUDA runtime's symbols share. Types come from the toolkit's
+// headers; nothing of it is linked.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,5 @@
-// What the Python side calls (through ctypes): modules, launches on host arrays, device, options, results.
+// What the Python side calls (through ctypes): modules, launches on host arrays, device, options,
+// results.
 #include <cstring>
 #include <map>
 
@@ -39,21 +40,26 @@ FUSED_PEFT_SIM_API void* fused_peft_sim_load(const char* ptx) {
   }
 }
 
-FUSED_PEFT_SIM_API void fused_peft_sim_unload(void* module) { delete static_cast<PythonModule*>(module); }
+FUSED_PEFT_SIM_API void fused_peft_sim_unload(void* module) {
+  delete static_cast<PythonModule*>(module);
+}
 
 // The kernels' names, one a line.
 FUSED_PEFT_SIM_API const char* fused_peft_sim_kernels(void* module) {
   std::string names;
-  for (const std::string& name : static_cast<PythonModule*>(module)->module->module().kernels()) names += name + "\n";
+  for (const std::string& name : static_cast<PythonModule*>(module)->module->module().kernels())
+    names += name + "\n";
   return give(names);
 }
 
-// The kernel's parameter sizes in bytes, one a line ("name bytes"); nullptr if it cannot be decoded.
+// The kernel's parameter sizes in bytes, one a line ("name bytes"); nullptr if it cannot be
+// decoded.
 FUSED_PEFT_SIM_API const char* fused_peft_sim_params(void* module, const char* kernel) {
   try {
     std::string lines;
     const Program& program = static_cast<PythonModule*>(module)->module->module().kernel(kernel);
-    for (const KernelParam& param : program.params) lines += param.name + " " + std::to_string(param.bytes) + "\n";
+    for (const KernelParam& param : program.params)
+      lines += param.name + " " + std::to_string(param.bytes) + "\n";
     return give(lines);
   } catch (const std::exception& error) {
     Process::get().last_message = error.what();
@@ -61,9 +67,11 @@ FUSED_PEFT_SIM_API const char* fused_peft_sim_params(void* module, const char* k
   }
 }
 
-// dims: grid, block, cluster, three each. arguments: one address per parameter. Returns a cudaError_t.
-FUSED_PEFT_SIM_API int fused_peft_sim_launch(void* handle, const char* name, const uint32_t* dims, uint32_t dynamic_shared,
-                                             int cooperative, void** arguments) {
+// dims: grid, block, cluster, three each. arguments: one address per parameter. Returns a
+// cudaError_t.
+FUSED_PEFT_SIM_API int fused_peft_sim_launch(void* handle, const char* name, const uint32_t* dims,
+                                             uint32_t dynamic_shared, int cooperative,
+                                             void** arguments) {
   auto& module = *static_cast<PythonModule*>(handle);
   std::unique_ptr<HostKernel>& kernel = module.kernels[name];
   if (!kernel) {
@@ -90,12 +98,17 @@ FUSED_PEFT_SIM_API int fused_peft_sim_launch(void* handle, const char* name, con
   return code;
 }
 
-FUSED_PEFT_SIM_API void fused_peft_sim_register(const void* address, uint64_t bytes, int initialised, const char* name) {
+FUSED_PEFT_SIM_API void fused_peft_sim_register(const void* address, uint64_t bytes,
+                                                int initialised, const char* name) {
   MemoryMap::global().add(address, bytes, initialised != 0, name);
 }
-FUSED_PEFT_SIM_API int fused_peft_sim_unregister(const void* address) { return MemoryMap::global().remove(address); }
+FUSED_PEFT_SIM_API int fused_peft_sim_unregister(const void* address) {
+  return MemoryMap::global().remove(address);
+}
 
-FUSED_PEFT_SIM_API const char* fused_peft_sim_message() { return give(Process::get().last_message); }
+FUSED_PEFT_SIM_API const char* fused_peft_sim_message() {
+  return give(Process::get().last_message);
+}
 FUSED_PEFT_SIM_API const char* fused_peft_sim_report() { return give(report_json(Process::get())); }
 FUSED_PEFT_SIM_API void fused_peft_sim_reset() {
   Process& process = Process::get();
@@ -122,8 +135,10 @@ struct PythonOptions {
 
 FUSED_PEFT_SIM_API void fused_peft_sim_get_options(PythonOptions* out) {
   const Options& in = Process::get().options;
-  *out = {in.seed, in.hang_budget, uint32_t(in.async_timing), in.max_sms, in.max_findings, in.threads,
-          in.memcheck, in.initcheck, in.racecheck, in.synccheck};
+  *out = {in.seed,     in.hang_budget,  uint32_t(in.async_timing),
+          in.max_sms,  in.max_findings, in.threads,
+          in.memcheck, in.initcheck,    in.racecheck,
+          in.synccheck};
 }
 FUSED_PEFT_SIM_API void fused_peft_sim_set_options(const PythonOptions* in) {
   Options& out = Process::get().options;

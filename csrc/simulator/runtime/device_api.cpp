@@ -50,16 +50,24 @@ FUSED_PEFT_SIM_API cudaError_t cudaGetDevice(int* device) { return *device = 0, 
 FUSED_PEFT_SIM_API cudaError_t cudaSetDevice(int device) {
   return set_error(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
-FUSED_PEFT_SIM_API cudaError_t cudaInitDevice(int device, unsigned, unsigned) { return cudaSetDevice(device); }
+FUSED_PEFT_SIM_API cudaError_t cudaInitDevice(int device, unsigned, unsigned) {
+  return cudaSetDevice(device);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
-FUSED_PEFT_SIM_API cudaError_t cudaDeviceSynchronize() { return set_error(Process::get().sticky_error); }
+FUSED_PEFT_SIM_API cudaError_t cudaDeviceSynchronize() {
+  return set_error(Process::get().sticky_error);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaDeviceReset() { return cudaSuccess; }
 FUSED_PEFT_SIM_API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = *greatest = 0;
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-FUSED_PEFT_SIM_API cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+FUSED_PEFT_SIM_API cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = CUDART_VERSION, cudaSuccess;
+}
+FUSED_PEFT_SIM_API cudaError_t cudaRuntimeGetVersion(int* version) {
+  return *version = CUDART_VERSION, cudaSuccess;
+}
 
 FUSED_PEFT_SIM_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device != 0) return set_error(cudaErrorInvalidDevice);
@@ -96,7 +104,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* propertie
   return cudaSuccess;
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+FUSED_PEFT_SIM_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
+                                                      int device) {
   if (device != 0) return set_error(cudaErrorInvalidDevice);
   const DeviceModel& model = *Process::get().device;
   switch (attribute) {
@@ -132,7 +141,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr
     case cudaDevAttrCanMapHostMemory: *value = 1; break;
     case cudaDevAttrMemoryPoolsSupported:
     case cudaDevAttrIntegrated: *value = 0; break;
-    default: stop_unimplemented("cudaDeviceGetAttribute", "attribute " + std::to_string(int(attribute)));
+    default:
+      stop_unimplemented("cudaDeviceGetAttribute", "attribute " + std::to_string(int(attribute)));
   }
   return cudaSuccess;
 }
@@ -143,7 +153,9 @@ FUSED_PEFT_SIM_API cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   *stream = reinterpret_cast<cudaStream_t>(new char);
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+FUSED_PEFT_SIM_API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return cudaStreamCreate(stream);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
   return cudaStreamCreate(stream);
 }
@@ -151,11 +163,18 @@ FUSED_PEFT_SIM_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete reinterpret_cast<char*>(stream);
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
+FUSED_PEFT_SIM_API cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaDeviceSynchronize();
+}
 FUSED_PEFT_SIM_API cudaError_t cudaStreamQuery(cudaStream_t) { return cudaDeviceSynchronize(); }
-FUSED_PEFT_SIM_API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-FUSED_PEFT_SIM_API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
-FUSED_PEFT_SIM_API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+FUSED_PEFT_SIM_API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  return cudaSuccess;
+}
+FUSED_PEFT_SIM_API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
+  return *priority = 0, cudaSuccess;
+}
+FUSED_PEFT_SIM_API cudaError_t cudaStreamIsCapturing(cudaStream_t,
+                                                     cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
@@ -168,7 +187,9 @@ FUSED_PEFT_SIM_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsi
   *event = reinterpret_cast<cudaEvent_t>(new Clock::time_point(Clock::now()));
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+FUSED_PEFT_SIM_API cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  return cudaEventCreateWithFlags(event, 0);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete reinterpret_cast<Clock::time_point*>(event);
   return cudaSuccess;
@@ -180,8 +201,10 @@ FUSED_PEFT_SIM_API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) 
 FUSED_PEFT_SIM_API cudaError_t cudaEventQuery(cudaEvent_t) { return cudaDeviceSynchronize(); }
 FUSED_PEFT_SIM_API cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }
 // The simulator's own time: says nothing about a GPU's.
-FUSED_PEFT_SIM_API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  const auto span = *reinterpret_cast<Clock::time_point*>(end) - *reinterpret_cast<Clock::time_point*>(start);
+FUSED_PEFT_SIM_API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start,
+                                                    cudaEvent_t end) {
+  const auto span =
+      *reinterpret_cast<Clock::time_point*>(end) - *reinterpret_cast<Clock::time_point*>(start);
   *milliseconds = std::chrono::duration<float, std::milli>(span).count();
   return cudaSuccess;
 }

@@ -26,7 +26,8 @@ struct FatHeader {
   uint64_t payload_bytes;
 };
 
-// The part of an entry's header that is read here. Fields as observed in the output of nvcc 11 to 13.
+// The part of an entry's header that is read here. Fields as observed in the output of nvcc 11
+// to 13.
 struct EntryHeader {
   uint16_t kind, version;
   uint32_t header_bytes;
@@ -41,7 +42,8 @@ struct EntryHeader {
 uint32_t sm_of_text(std::string_view text) {
   const size_t at = text.find(".target sm_");
   uint32_t sm = 0;
-  for (size_t i = at + 11; at != text.npos && i < text.size() && text[i] >= '0' && text[i] <= '9'; ++i)
+  for (size_t i = at + 11; at != text.npos && i < text.size() && text[i] >= '0' && text[i] <= '9';
+       ++i)
     sm = sm * 10 + uint32_t(text[i] - '0');
   return sm;
 }
@@ -64,8 +66,13 @@ std::vector<PtxImage> read_fat_binary(const void* data) {
   }
   if (magic != kFatMagic) {
     const char* text = static_cast<const char*>(data);
-    if (std::memcmp(text, "\x7f" "ELF", 4) == 0)
-      throw Unsupported("a cubin (machine code): the simulator runs PTX; build with -gencode arch=compute_XX,code=compute_XX");
+    if (std::memcmp(text,
+                    "\x7f"
+                    "ELF",
+                    4) == 0)
+      throw Unsupported(
+          "a cubin (machine code): the simulator runs PTX; build with -gencode "
+          "arch=compute_XX,code=compute_XX");
     return {plain_text(text, SIZE_MAX)};
   }
   FatHeader fat;
@@ -87,8 +94,10 @@ std::vector<PtxImage> read_fat_binary(const void* data) {
     at += entry.header_bytes + entry.payload_bytes;
   }
   if (images.empty())
-    throw Unsupported(compressed ? "the fat binary's PTX is compressed: build with nvcc --no-compress"
-                                 : "the fat binary holds no PTX: build with -gencode arch=compute_XX,code=compute_XX");
+    throw Unsupported(
+        compressed
+            ? "the fat binary's PTX is compressed: build with nvcc --no-compress"
+            : "the fat binary holds no PTX: build with -gencode arch=compute_XX,code=compute_XX");
   return images;
 }
 
@@ -100,7 +109,8 @@ const PtxImage& choose_image(const std::vector<PtxImage>& images, int device_sm)
     if (image.sm <= uint32_t(device_sm) && (!best || image.sm > best->sm)) best = &image;
   }
   if (!best)
-    throw Unsupported("no PTX for a device of compute capability " + std::to_string(device_sm) + ": the program has" + have);
+    throw Unsupported("no PTX for a device of compute capability " + std::to_string(device_sm) +
+                      ": the program has" + have);
   return *best;
 }
 

@@ -6,7 +6,8 @@ int check_launch(const HostKernel& kernel, const Program& program, const LaunchC
                  const DeviceModel& device, std::string* why) {
   constexpr int kErrorInvalidValue = 1;
   if (config.dynamic_shared > uint32_t(kernel.max_dynamic_shared)) {
-    *why = std::to_string(config.dynamic_shared) + " bytes of dynamic shared memory are more than the " +
+    *why = std::to_string(config.dynamic_shared) +
+           " bytes of dynamic shared memory are more than the " +
            std::to_string(kernel.max_dynamic_shared) +
            " that cudaFuncSetAttribute(MaxDynamicSharedMemorySize) allows this kernel";
     return kErrorInvalidValue;

@@ -34,7 +34,8 @@ HostKernel* kernel_of(Library& library, const std::string& name) {
 
 using namespace fused_peft::sim;
 
-FUSED_PEFT_SIM_API cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**, unsigned,
+FUSED_PEFT_SIM_API cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code,
+                                                   cudaJitOption*, void**, unsigned,
                                                    cudaLibraryOption*, void**, unsigned) {
   return guarded([&] {
     // The caller's text need not outlive the call.
@@ -59,15 +60,15 @@ FUSED_PEFT_SIM_API cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const
   });
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaLibraryLoadFromFile(cudaLibrary_t* library, const char* path, cudaJitOption* options,
-                                                       void** values, unsigned count, cudaLibraryOption* library_options,
-                                                       void** library_values, unsigned library_count) {
+FUSED_PEFT_SIM_API cudaError_t cudaLibraryLoadFromFile(
+    cudaLibrary_t* library, const char* path, cudaJitOption* options, void** values, unsigned count,
+    cudaLibraryOption* library_options, void** library_values, unsigned library_count) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return set_error(cudaErrorFileNotFound, std::string("cannot read ") + path);
   std::stringstream content;
   content << file.rdbuf();
-  return cudaLibraryLoadData(library, content.str().c_str(), options, values, count, library_options, library_values,
-                             library_count);
+  return cudaLibraryLoadData(library, content.str().c_str(), options, values, count,
+                             library_options, library_values, library_count);
 }
 
 FUSED_PEFT_SIM_API cudaError_t cudaLibraryUnload(cudaLibrary_t handle) {
@@ -79,7 +80,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaLibraryUnload(cudaLibrary_t handle) {
   return cudaSuccess;
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t library, const char* name) {
+FUSED_PEFT_SIM_API cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t library,
+                                                    const char* name) {
   return guarded([&] {
     HostKernel* found = kernel_of(*library_of(library), name);
     if (!found) return cudaErrorSymbolNotFound;
@@ -95,7 +97,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaLibraryGetKernelCount(unsigned* count, cudaLi
   });
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaLibraryEnumerateKernels(cudaKernel_t* kernels, unsigned count, cudaLibrary_t handle) {
+FUSED_PEFT_SIM_API cudaError_t cudaLibraryEnumerateKernels(cudaKernel_t* kernels, unsigned count,
+                                                           cudaLibrary_t handle) {
   return guarded([&] {
     Library& library = *library_of(handle);
     const std::vector<std::string> names = library.module->module().kernels();
@@ -105,7 +108,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaLibraryEnumerateKernels(cudaKernel_t* kernels
   });
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaLibraryGetGlobal(void** address, size_t* bytes, cudaLibrary_t library, const char* name) {
+FUSED_PEFT_SIM_API cudaError_t cudaLibraryGetGlobal(void** address, size_t* bytes,
+                                                    cudaLibrary_t library, const char* name) {
   return guarded([&] {
     for (const GlobalVariable& variable : library_of(library)->module->module().variables()) {
       if (variable.name != name) continue;

@@ -10,11 +10,12 @@
 namespace fused_peft::sim {
 namespace {
 
-// What cudaMalloc aligns to; also the gap behind a buffer, so that running over its end meets no other.
+// What cudaMalloc aligns to; also the gap behind a buffer, so that running over its end meets no
+// other.
 constexpr size_t kAlignment = 512;
 
-// FUSED_PEFT_SIMULATOR_DUMP names a folder: each buffer's bytes are written to it when the program frees it,
-// as <n>.bin for the n-th allocation.
+// FUSED_PEFT_SIMULATOR_DUMP names a folder: each buffer's bytes are written to it when the program
+// frees it, as <n>.bin for the n-th allocation.
 class Dump {
  public:
   static Dump& get() {
@@ -31,7 +32,8 @@ class Dump {
     if (found == number_.end()) return;
     if (folder_) {
       const auto bytes = MemoryMap::global().find(address);
-      std::ofstream(std::string(folder_) + "/" + std::to_string(found->second) + ".bin", std::ios::binary)
+      std::ofstream(std::string(folder_) + "/" + std::to_string(found->second) + ".bin",
+                    std::ios::binary)
           .write(reinterpret_cast<const char*>(bytes.data()), std::streamsize(bytes.size()));
     }
     number_.erase(found);
@@ -50,10 +52,12 @@ cudaError_t allocate(void** address, size_t bytes, bool initialised) {
     *address = nullptr;
     if (bytes == 0) return cudaSuccess;
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
-    if (rounded < bytes || int64_t(rounded) > Process::get().device->global_bytes) return cudaErrorMemoryAllocation;
+    if (rounded < bytes || int64_t(rounded) > Process::get().device->global_bytes)
+      return cudaErrorMemoryAllocation;
     void* memory = std::aligned_alloc(kAlignment, rounded);
     if (!memory) return cudaErrorMemoryAllocation;
-    MemoryMap::global().add(memory, bytes, initialised, "cudaMalloc(" + std::to_string(bytes) + ")");
+    MemoryMap::global().add(memory, bytes, initialised,
+                            "cudaMalloc(" + std::to_string(bytes) + ")");
     *address = memory;
     Dump::get().allocated(memory);
     return cudaSuccess;
@@ -106,7 +110,9 @@ SymbolMemory find_symbol(const void* symbol) {
 
 using namespace fused_peft::sim;
 
-FUSED_PEFT_SIM_API cudaError_t cudaMalloc(void** address, size_t bytes) { return allocate(address, bytes, false); }
+FUSED_PEFT_SIM_API cudaError_t cudaMalloc(void** address, size_t bytes) {
+  return allocate(address, bytes, false);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaMallocAsync(void** address, size_t bytes, cudaStream_t) {
   return allocate(address, bytes, false);
 }
@@ -114,10 +120,16 @@ FUSED_PEFT_SIM_API cudaError_t cudaMallocManaged(void** address, size_t bytes, u
   return allocate(address, bytes, true);
 }
 // The host may write pinned memory without the runtime's knowledge: taken as initialised.
-FUSED_PEFT_SIM_API cudaError_t cudaMallocHost(void** address, size_t bytes) { return allocate(address, bytes, true); }
-FUSED_PEFT_SIM_API cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) { return allocate(address, bytes, true); }
+FUSED_PEFT_SIM_API cudaError_t cudaMallocHost(void** address, size_t bytes) {
+  return allocate(address, bytes, true);
+}
+FUSED_PEFT_SIM_API cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
+  return allocate(address, bytes, true);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaFree(void* address) { return release(address); }
-FUSED_PEFT_SIM_API cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return release(address); }
+FUSED_PEFT_SIM_API cudaError_t cudaFreeAsync(void* address, cudaStream_t) {
+  return release(address);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaFreeHost(void* address) { return release(address); }
 
 FUSED_PEFT_SIM_API cudaError_t cudaHostRegister(void* address, size_t bytes, unsigned) {
@@ -125,38 +137,45 @@ FUSED_PEFT_SIM_API cudaError_t cudaHostRegister(void* address, size_t bytes, uns
   return cudaSuccess;
 }
 FUSED_PEFT_SIM_API cudaError_t cudaHostUnregister(void* address) {
-  return set_error(MemoryMap::global().remove(address) ? cudaSuccess : cudaErrorHostMemoryNotRegistered);
+  return set_error(MemoryMap::global().remove(address) ? cudaSuccess
+                                                       : cudaErrorHostMemoryNotRegistered);
 }
 FUSED_PEFT_SIM_API cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
   return cudaSuccess;
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes,
+                                          cudaMemcpyKind) {
   return copy(to, from, bytes);
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
+                                               cudaMemcpyKind, cudaStream_t) {
   return copy(to, from, bytes);
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                                            size_t height, cudaMemcpyKind) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from,
+                                            size_t from_pitch, size_t width, size_t height,
+                                            cudaMemcpyKind) {
   for (size_t row = 0; row < height; ++row)
     if (const cudaError_t error = copy(static_cast<char*>(to) + row * to_pitch,
                                        static_cast<const char*>(from) + row * from_pitch, width))
       return error;
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                                                 size_t height, cudaMemcpyKind kind, cudaStream_t) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from,
+                                                 size_t from_pitch, size_t width, size_t height,
+                                                 cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpy2D(to, to_pitch, from, from_pitch, width, height, kind);
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill(to, value, bytes); }
+FUSED_PEFT_SIM_API cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  return fill(to, value, bytes);
+}
 FUSED_PEFT_SIM_API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return fill(to, value, bytes);
 }
 
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
-                                                  cudaMemcpyKind) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from,
+                                                  size_t bytes, size_t offset, cudaMemcpyKind) {
   return guarded([&] {
     const SymbolMemory memory = find_symbol(symbol);
     if (!memory.address) return cudaErrorInvalidSymbol;
@@ -164,11 +183,13 @@ FUSED_PEFT_SIM_API cudaError_t cudaMemcpyToSymbol(const void* symbol, const void
     return copy(memory.address + offset, from, bytes);
   });
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset,
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from,
+                                                       size_t bytes, size_t offset,
                                                        cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpyToSymbol(symbol, from, bytes, offset, kind);
 }
-FUSED_PEFT_SIM_API cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
+FUSED_PEFT_SIM_API cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes,
+                                                    size_t offset, cudaMemcpyKind) {
   return guarded([&] {
     const SymbolMemory memory = find_symbol(symbol);
     if (!memory.address) return cudaErrorInvalidSymbol;
@@ -198,7 +219,8 @@ FUSED_PEFT_SIM_API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *free = *total;
   return cudaSuccess;
 }
-FUSED_PEFT_SIM_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+FUSED_PEFT_SIM_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
+                                                        const void* address) {
   *attributes = {};
   const bool device = MemoryMap::global().find(address).data() != nullptr;
   attributes->type = device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;

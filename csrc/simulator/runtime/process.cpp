@@ -27,11 +27,16 @@ void read_checks(Options& options, const std::string& list) {
   for (size_t at = 0; at <= list.size();) {
     const size_t comma = std::min(list.find(',', at), list.size());
     const std::string word = list.substr(at, comma - at);
-    if (word == "memcheck") options.memcheck = true;
-    else if (word == "initcheck") options.initcheck = true;
-    else if (word == "racecheck") options.racecheck = true;
-    else if (word == "synccheck") options.synccheck = true;
-    else if (word == "all") options.memcheck = options.initcheck = options.racecheck = options.synccheck = true;
+    if (word == "memcheck")
+      options.memcheck = true;
+    else if (word == "initcheck")
+      options.initcheck = true;
+    else if (word == "racecheck")
+      options.racecheck = true;
+    else if (word == "synccheck")
+      options.synccheck = true;
+    else if (word == "all")
+      options.memcheck = options.initcheck = options.racecheck = options.synccheck = true;
     else if (!word.empty() && word != "none")
       throw std::runtime_error("FUSED_PEFT_SIMULATOR_CHECKS: '" + word +
                                "' is none of memcheck, initcheck, racecheck, synccheck, all, none");
@@ -57,7 +62,8 @@ Module& LoadedModule::module() {
 }
 
 Process& Process::get() {
-  // Never destroyed: host destructors (__cudaUnregisterFatBinary, at-exit handlers) may still call in.
+  // Never destroyed: host destructors (__cudaUnregisterFatBinary, at-exit handlers) may still call
+  // in.
   static Process* process = new Process;
   return *process;
 }
@@ -66,15 +72,19 @@ Process::Process() {
   const char* key = environment("FUSED_PEFT_SIMULATOR_DEVICE");
   device = find_device(key ? key : "h100");
   if (!device) {
-    std::fprintf(stderr, "FUSED_PEFT_SIMULATOR_DEVICE: '%s' is none of a100, rtx4090, h100, h200\n", key);
+    std::fprintf(stderr, "FUSED_PEFT_SIMULATOR_DEVICE: '%s' is none of a100, rtx4090, h100, h200\n",
+                 key);
     std::exit(2);
   }
-  if (const char* seed = environment("FUSED_PEFT_SIMULATOR_SEED")) options.seed = std::strtoull(seed, nullptr, 0);
+  if (const char* seed = environment("FUSED_PEFT_SIMULATOR_SEED"))
+    options.seed = std::strtoull(seed, nullptr, 0);
   if (const char* threads = environment("FUSED_PEFT_SIMULATOR_THREADS"))
     options.threads = uint32_t(std::strtoul(threads, nullptr, 0));
-  if (const char* sms = environment("FUSED_PEFT_SIMULATOR_SMS")) options.max_sms = uint32_t(std::strtoul(sms, nullptr, 0));
+  if (const char* sms = environment("FUSED_PEFT_SIMULATOR_SMS"))
+    options.max_sms = uint32_t(std::strtoul(sms, nullptr, 0));
   try {
-    if (const char* checks = environment("FUSED_PEFT_SIMULATOR_CHECKS")) read_checks(options, checks);
+    if (const char* checks = environment("FUSED_PEFT_SIMULATOR_CHECKS"))
+      read_checks(options, checks);
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     std::exit(2);
@@ -127,15 +137,18 @@ int execute(HostKernel& kernel, LaunchConfig config) {
       words = failure.what();
     }
     Counters counters = checker.counters();
-    counters.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    counters.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     process.counters.push_back(std::move(counters));
     std::fwrite(launch.output.data(), 1, launch.output.size(), stdout);
     std::fflush(stdout);
-    process.findings.insert(process.findings.end(), checker.findings().begin(), checker.findings().end());
+    process.findings.insert(process.findings.end(), checker.findings().begin(),
+                            checker.findings().end());
     process.total_findings += checker.total_findings();
     for (const Finding& finding : checker.findings()) {
       std::fprintf(stderr, "simulator: %s\n", finding.text.c_str());
-      const bool faults = finding.kind == FindingKind::kOutOfBounds || finding.kind == FindingKind::kMisaligned;
+      const bool faults =
+          finding.kind == FindingKind::kOutOfBounds || finding.kind == FindingKind::kMisaligned;
       if (faults && !code) code = kErrorIllegalAddress, words = finding.text;
     }
     return code ? fail(code, words, true) : 0;

@@ -1,4 +1,5 @@
-// What a process that uses the simulator shares: the device it pretends to have, options, loaded modules, results.
+// What a process that uses the simulator shares: the device it pretends to have, options, loaded
+// modules, results.
 #pragma once
 
 #include <memory>
@@ -20,13 +21,14 @@ class LoadedModule {
  public:
   explicit LoadedModule(std::vector<PtxImage> images, std::shared_ptr<std::string> text = nullptr)
       : images_(std::move(images)), text_(std::move(text)) {}
-  Module& module();   // throws SyntaxError, Unsupported
+  Module& module();  // throws SyntaxError, Unsupported
   // What module() is to say: the images could not be read.
   void set_error(std::string words) { error_ = std::move(words); }
 
  private:
   std::vector<PtxImage> images_;
-  std::shared_ptr<std::string> text_;  // keeps the text alive where the caller's does not outlive the call
+  std::shared_ptr<std::string>
+      text_;  // keeps the text alive where the caller's does not outlive the call
   std::unique_ptr<Module> module_;
   std::string error_;
 };
@@ -35,7 +37,7 @@ class LoadedModule {
 struct HostKernel {
   std::shared_ptr<LoadedModule> module;
   std::string name;
-  int max_dynamic_shared = 48 * 1024;   // cudaFuncAttributeMaxDynamicSharedMemorySize
+  int max_dynamic_shared = 48 * 1024;  // cudaFuncAttributeMaxDynamicSharedMemorySize
   bool non_portable_cluster = false;
 };
 
@@ -54,20 +56,20 @@ class Process {
   Options options;
   std::unordered_map<const void*, std::unique_ptr<HostKernel>> kernels;  // by host function
   std::unordered_map<const void*, HostVariable> variables;               // by host address
-  int sticky_error = 0;               // cudaError_t that every later call returns
-  std::string last_message;           // the words behind the last error
-  std::vector<Counters> counters;     // of each launch since the last reset
+  int sticky_error = 0;            // cudaError_t that every later call returns
+  std::string last_message;        // the words behind the last error
+  std::vector<Counters> counters;  // of each launch since the last reset
   std::vector<Finding> findings;
   uint64_t total_findings = 0;
   uint64_t launches = 0;
-  std::string report_path;            // FUSED_PEFT_SIMULATOR_REPORT: JSON of counters and findings, at exit
+  std::string report_path;  // FUSED_PEFT_SIMULATOR_REPORT: JSON of counters and findings, at exit
 
  private:
   Process();
 };
 
-// Runs a kernel to its end. Returns a cudaError_t; the words go to Process::last_message (and to stderr, for
-// a program that runs unmodified).
+// Runs a kernel to its end. Returns a cudaError_t; the words go to Process::last_message (and to
+// stderr, for a program that runs unmodified).
 int execute(HostKernel& kernel, LaunchConfig config);
 // Copies the arguments' bytes into the layout that the kernel's parameters have.
 AlignedBytes pack_params(const Program& program, void** arguments);

@@ -55,15 +55,18 @@ FUSED_PEFT_SIM_API void __cudaUnregisterFatBinary(void** handle) {
   Process& process = Process::get();
   const std::lock_guard lock(process.mutex);
   const FatBinaryHandle* binary = handle_of(handle);
-  std::erase_if(process.kernels, [&](const auto& entry) { return entry.second->module == binary->module; });
-  std::erase_if(process.variables, [&](const auto& entry) { return entry.second.module == binary->module; });
+  std::erase_if(process.kernels,
+                [&](const auto& entry) { return entry.second->module == binary->module; });
+  std::erase_if(process.variables,
+                [&](const auto& entry) { return entry.second.module == binary->module; });
   delete binary;
 }
 
 FUSED_PEFT_SIM_API char __cudaInitModule(void**) { return 1; }
 
-FUSED_PEFT_SIM_API void __cudaRegisterFunction(void** handle, const char* host_function, char*, const char* device_name,
-                                               int, uint3*, uint3*, dim3*, dim3*, int*) {
+FUSED_PEFT_SIM_API void __cudaRegisterFunction(void** handle, const char* host_function, char*,
+                                               const char* device_name, int, uint3*, uint3*, dim3*,
+                                               dim3*, int*) {
   Process& process = Process::get();
   const std::lock_guard lock(process.mutex);
   auto kernel = std::make_unique<HostKernel>();
@@ -72,23 +75,26 @@ FUSED_PEFT_SIM_API void __cudaRegisterFunction(void** handle, const char* host_f
   process.kernels[host_function] = std::move(kernel);
 }
 
-FUSED_PEFT_SIM_API void __cudaRegisterVar(void** handle, char* host_variable, char*, const char* device_name, int, size_t size,
-                                          int, int) {
+FUSED_PEFT_SIM_API void __cudaRegisterVar(void** handle, char* host_variable, char*,
+                                          const char* device_name, int, size_t size, int, int) {
   Process& process = Process::get();
   const std::lock_guard lock(process.mutex);
   process.variables[host_variable] = {handle_of(handle)->module, device_name, size};
 }
 
-FUSED_PEFT_SIM_API void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) {
+FUSED_PEFT_SIM_API void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int,
+                                                 size_t, int, int) {
   stop_unimplemented("__cudaRegisterManagedVar", name);
 }
 
-FUSED_PEFT_SIM_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+FUSED_PEFT_SIM_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
+                                                        cudaStream_t stream) {
   pushed_configurations.push_back({grid, block, shared, stream});
   return 0;
 }
 
-FUSED_PEFT_SIM_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+FUSED_PEFT_SIM_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared,
+                                                          void* stream) {
   if (pushed_configurations.empty()) return set_error(cudaErrorMissingConfiguration);
   const CallConfiguration configuration = pushed_configurations.back();
   pushed_configurations.pop_back();
@@ -106,12 +112,14 @@ FUSED_PEFT_SIM_API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void*
   return cudaSuccess;
 }
 
-FUSED_PEFT_SIM_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+FUSED_PEFT_SIM_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block,
+                                                  void** arguments, size_t shared,
                                                   cudaStream_t stream) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 
-FUSED_PEFT_SIM_API cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
-                                                       size_t shared, cudaStream_t stream) {
+FUSED_PEFT_SIM_API cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block,
+                                                       void** arguments, size_t shared,
+                                                       cudaStream_t stream) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }

@@ -39,8 +39,10 @@ class JsonWriter {
   template <class T>
   void field(const char* name, const T& value) {
     key(name);
-    if constexpr (std::is_convertible_v<T, std::string>) string(value);
-    else number(value);
+    if constexpr (std::is_convertible_v<T, std::string>)
+      string(value);
+    else
+      number(value);
   }
   std::string take() { return std::move(text_); }
 
