@@ -12,6 +12,7 @@ from fused_peft import _C, reference
 
 from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
 from ._devices import CUDA_DTYPES, kernel_device, kernel_op
+from ._devices import CUDA_DTYPES, kernel_device, kernel_op
 
 MAX_HEAD_DIM: int = _C.max_head_dim
 
@@ -24,24 +25,28 @@ def attention_fallback_reason(
     Args:
         q: ``[B, Hq, S, D]``.
         scale: the factor on the scores, None for the default.
-        dropout_p: of the attention weights.
+        dropout_p: probability that an attention weight is dropped.
     """
     device, reason = kernel_device(q)
     if device is None:
-        return reason
-    if device == "cuda":
-        if q.dtype not in CUDA_DTYPES:
-            return f"q is {q.dtype}; CUDA kernels exist for bfloat16 and float16"
-        if q.shape[-1] % 8 != 0:
-            return f"the head dimension is {q.shape[-1]}; CUDA kernels take multiples of 8"
-        if dropout_p > 0.0:
-            return "attention dropout, which the CUDA kernels do not have"
+        return reason.replace("x is on", "q is on")
     if q.dtype not in KERNEL_DTYPES:
         return f"q is {q.dtype}; kernels exist for float32, bfloat16 and float16"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"the head dimension is {q.shape[-1]}; kernels exist up to {MAX_HEAD_DIM}"
+    head_dim = q.shape[-1]
+    if head_dim > MAX_HEAD_DIM:
+        return f"the head dimension is {head_dim}; kernels exist up to {MAX_HEAD_DIM}"
     if scale is not None and not 0.0 < scale < float("inf"):
         return f"scale is {scale}; kernels take positive ones"
+    return None if device == "cpu" else _cuda_fallback_reason(q, dropout_p)
+
+
+def _cuda_fallback_reason(q: Tensor, dropout_p: float) -> str | None:
+    if q.dtype not in CUDA_DTYPES:
+        return f"q is {q.dtype}; CUDA kernels exist for bfloat16 and float16"
+    if q.shape[-1] % 8 != 0:
+        return f"the head dimension is {q.shape[-1]}; CUDA kernels take multiples of 8"
+    if dropout_p > 0.0:
+        return f"dropout_p is {dropout_p}; CUDA kernels have no attention dropout"
     return None
 
 
@@ -312,9 +317,7 @@ class _PrefixAttentionFunction(torch.autograd.Function):
 
 def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        return kernel_op("prefix_attention_backward")(  # type: ignore[no-any-return]
-            *operands
-        )
+        return kernel_op("prefix_attention_backward")(*operands)  # type: ignore[no-any-return]
 
 
 def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
