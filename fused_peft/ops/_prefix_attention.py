@@ -12,7 +12,6 @@ from fused_peft import _C, reference
 
 from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
 from ._devices import CUDA_DTYPES, kernel_device, kernel_op
-from ._devices import CUDA_DTYPES, kernel_device, kernel_op
 
 MAX_HEAD_DIM: int = _C.max_head_dim
 
