@@ -132,6 +132,10 @@ def report() -> str:
         ("prefix_attention, prefix_attention_backward", ""),
         *kernels,
         (
+            f"  cuda bfloat16, float16, heads of multiples of 8 up to {ops.MAX_HEAD_DIM}",
+            "CUDA kernels (sm_80 and newer)" if info["cuda_architectures"] else "not built",
+        ),
+        (
             f"  float64, other devices, heads wider than {ops.MAX_HEAD_DIM}",
             "fused_peft.reference (torch ops)",
         ),
