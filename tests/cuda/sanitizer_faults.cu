@@ -52,10 +52,9 @@ KERNEL shared_null(float* out) {
   tile[threadIdx.x] = 1.0f;
   uint32_t address = FAULTY ? 4 * threadIdx.x : shared_address(tile + threadIdx.x);
   float x;
-  asm volatile("ld.shared.f32 %0, [%1];"
-               : "=f"(x)
-               : "r"(address)
-               : "memory");  // expect: out of bounds
+  // clang-format off: the finding names one line
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");  // expect: out of bounds
+  // clang-format on
   out[threadIdx.x] = x;
 }
 
@@ -81,10 +80,9 @@ KERNEL shared_misaligned(double* out) {
   __syncthreads();
   uint32_t address = shared_address(tile) / 8 * 8 + 8 * threadIdx.x + 4 * FAULTY;
   double x;
-  asm volatile("ld.shared.f64 %0, [%1];"
-               : "=d"(x)
-               : "r"(address)
-               : "memory");  // expect: misaligned
+  // clang-format off: the finding names one line
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");  // expect: misaligned
+  // clang-format on
   out[threadIdx.x] = x;
 }
 
@@ -403,10 +401,9 @@ KERNEL matrix_load_not_waited(const float4* in, uint32_t* out) {
   __syncwarp();
   uint32_t a, b, c, d;
   uint32_t row = shared_address(tile + threadIdx.x);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-               : "r"(row)
-               : "memory");  // expect: asynchronous copy not waited for
+  // clang-format off: the finding names one line
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(row) : "memory");  // expect: asynchronous copy not waited for
+  // clang-format on
   out[threadIdx.x] = a ^ b ^ c ^ d;
   wait_async<0>();
 }
