@@ -4,7 +4,7 @@
 #pragma once
 
 #include "binding/tensors.h"
-#include "kernels/lora_linear_cuda.h"
+#include "kernels/cuda/device.h"
 
 #ifdef FUSED_PEFT_SIMULATED_CUDA
 #define FUSED_PEFT_CUDA_NAMESPACE fused_peft_simulated

@@ -95,14 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_update_backward(const Tensor& dy, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft, m) {
-  m.def(
-      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-      "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");
-  m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
-      "Tensor s, float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_dlora_a, "
-      "bool need_dlora_b, bool need_dbias) "
-      "-> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
+  define_lora_linear(m);
   m.def(
       "lora_update(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, "
       "float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");

@@ -65,17 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 }  // namespace
 
 #ifdef FUSED_PEFT_SIMULATED_CUDA
-// The same schemas as fused_peft's own, see lora_linear.cpp.
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft_simulated, m) {
-  m.def(
-      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-      "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");
-  m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
-      "Tensor s, float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_dlora_a, "
-      "bool need_dlora_b, bool need_dbias) "
-      "-> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft_simulated, m) { define_lora_linear(m); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_PEFT_CUDA_NAMESPACE, FUSED_PEFT_CUDA_KEY, m) {

@@ -10,9 +10,17 @@
 
 namespace fused_peft {
 
-inline bool same_device(const Tensor& tensor, const Tensor& x) {
-  return tensor.is_cpu() == x.is_cpu() &&
-         (x.is_cpu() || tensor.get_device_index() == x.get_device_index());
+// The schemas, of the package's library and of the one that runs under the simulator.
+template <class Library>
+void define_lora_linear(Library& m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "float scaling, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor s, float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_dlora_a, "
+      "bool need_dlora_b, bool need_dbias) "
+      "-> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
 }
 
 inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t cols,

@@ -75,21 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 }  // namespace
 
 #ifdef FUSED_PEFT_SIMULATED_CUDA
-// The same schemas as fused_peft's own, see prefix_attention.cpp.
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft_simulated, m) {
-  m.def(
-      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
-      "Tensor? key_lengths, Tensor? key_mask, Tensor? query_start, bool causal, "
-      "int sliding_window, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor "
-      "lse)");
-  m.def(
-      "prefix_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, "
-      "Tensor? prefix_v, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_mask, "
-      "Tensor? query_start, bool causal, int sliding_window, float scale, float dropout_p, "
-      "Tensor? seed, bool need_dq, bool need_dk, bool need_dv, bool need_dprefix_k, "
-      "bool need_dprefix_v) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_peft_simulated, m) { attention::define(m); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FUSED_PEFT_CUDA_NAMESPACE, FUSED_PEFT_CUDA_KEY, m) {

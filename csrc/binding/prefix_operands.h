@@ -11,9 +11,21 @@
 
 namespace fused_peft::attention {
 
-inline bool same_device(const Tensor& tensor, const Tensor& q) {
-  return tensor.is_cpu() == q.is_cpu() &&
-         (q.is_cpu() || tensor.get_device_index() == q.get_device_index());
+// The schemas, of the package's library and of the one that runs under the simulator.
+template <class Library>
+void define(Library& m) {
+  m.def(
+      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, "
+      "Tensor? key_lengths, Tensor? key_mask, Tensor? query_start, bool causal, "
+      "int sliding_window, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor "
+      "lse)");
+  m.def(
+      "prefix_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, "
+      "Tensor? prefix_v, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_mask, "
+      "Tensor? query_start, bool causal, int sliding_window, float scale, float dropout_p, "
+      "Tensor? seed, bool need_dq, bool need_dk, bool need_dv, bool need_dprefix_k, "
+      "bool need_dprefix_v) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)");
 }
 
 inline void check_heads(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape,

@@ -25,6 +25,11 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+inline bool same_device(const Tensor& tensor, const Tensor& x) {
+  return tensor.is_cpu() == x.is_cpu() &&
+         (x.is_cpu() || tensor.get_device_index() == x.get_device_index());
+}
+
 inline uint64_t seed_of(const std::optional<Tensor>& seed, double dropout_p) {
   if (dropout_p == 0.0) return 0;
   STD_TORCH_CHECK(seed.has_value(), "fused_peft: seed is None; dropout_p > 0 needs one");

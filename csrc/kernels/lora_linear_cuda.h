@@ -7,16 +7,6 @@
 
 namespace fused_peft::cuda {
 
-// Where a launch runs. No launcher synchronises, allocates or reads device memory on the host, so
-// all of them can be captured into a CUDA graph.
-struct LaunchContext {
-  void* stream = nullptr;  // cudaStream_t
-  const uint64_t* seed =
-      nullptr;  // device memory; read where dropout_p > 0 (LoraLinearParams::seed is not)
-  void* workspace = nullptr;  // device memory of at least *_workspace_bytes, 256-byte aligned
-  DeviceFacts device;
-};
-
 LoraLinearShape shape_of(const LoraLinearParams& problem);
 
 // x in bfloat16 or float16, lora_a and lora_b both in x's dtype or both float32, R <= kMaxRank:

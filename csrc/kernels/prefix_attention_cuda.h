@@ -3,7 +3,6 @@
 #pragma once
 
 #include "kernels/cuda/prefix_attention_config.h"
-#include "kernels/lora_linear_cuda.h"
 #include "kernels/prefix_attention.h"
 
 namespace fused_peft::cuda {

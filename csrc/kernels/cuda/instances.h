@@ -7,6 +7,7 @@
 #include "kernels/cuda/lora_backward_sm80.cuh"
 #include "kernels/cuda/lora_decode_sm80.cuh"
 #include "kernels/cuda/lora_down_sm80.cuh"
+#include "kernels/cuda/lora_linear_config.h"
 
 namespace fused_peft::cuda {
 

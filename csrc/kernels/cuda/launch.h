@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common.h"
-#include "kernels/lora_linear_cuda.h"
+#include "kernels/cuda/device.h"
 
 namespace fused_peft::cuda {
 

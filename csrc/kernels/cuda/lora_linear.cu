@@ -1,5 +1,7 @@
 // The LoRA layer on the GPU: which kernels, in what order, on which operands. See
 // lora_linear_config.h for the choice.
+#include "kernels/lora_linear_cuda.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,29 +22,13 @@ bool weight_k_major(const LoraLinearParams& p) { return p.weight.col_stride == 1
 int64_t weight_stride(const LoraLinearParams& p) {
   return weight_k_major(p) ? p.weight.row_stride : p.weight.col_stride;
 }
+bool aligned_weight(const LoraLinearParams& p) {
+  return aligned16(p.weight.data, weight_stride(p), weight_k_major(p) ? p.k : p.n);
+}
 bool factor_float(const LoraLinearParams& p) { return p.lora_a.dtype == DType::kFloat32; }
 int segments_of(const LoraLinearParams& p) { return factor_float(p) ? kSegments : 1; }
 // Columns of the GEMM's second reduction.
 int64_t term_columns(const LoraLinearParams& p) { return segment_columns(p.r) * segments_of(p); }
-
-// Rounded up, so that what follows in the workspace stays aligned.
-int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-// Hands out the workspace, or only adds up what is asked for.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
-  void* take(int64_t bytes) {
-    unsigned char* at = base_ ? base_ + used_ : nullptr;
-    used_ += padded(bytes);
-    return at;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  int64_t used_ = 0;
-};
 
 // The factor that is the second source's b, [outer, R] by its strides: used in place where its rows
 // suit the GEMM, else a copy.
@@ -85,6 +71,34 @@ FactorOperand factor_operand(const LoraLinearParams& p, const MatrixView& factor
   return operand;
 }
 
+// s or ds as the GEMM's operand.
+TermsOut take_terms(const LoraLinearParams& p, Workspace* workspace) {
+  const int64_t stride = term_columns(p);
+  return {workspace->take(p.m * stride * 2), stride, segments_of(p)};
+}
+
+// The GEMM's product over the frozen weight: (x, W) or (dy, W^T).
+GemmSource base_source(const LoraLinearParams& p, const MatrixView& a, int64_t k) {
+  GemmSource source;
+  source.a = a.data;
+  source.a_stride = a.row_stride;
+  source.a_aligned = aligned16(a.data, a.row_stride, k);
+  source.b = p.weight.data;
+  source.b_stride = weight_stride(p);
+  source.b_aligned = aligned_weight(p);
+  source.k = static_cast<int32_t>(k);
+  return source;
+}
+
+// Its low-rank product: (s, lora_b) or (ds, lora_a).
+GemmSource update_source(const FactorOperand& factor, const TermsOut& terms) {
+  GemmSource source = factor.source;
+  source.a = terms.data;
+  source.a_stride = terms.stride;
+  source.a_aligned = true;
+  return source;
+}
+
 int64_t copy_ctas(const FactorCopy& copy, int threads) {
   if (!copy.source) return 0;
   const int64_t elements =
@@ -118,9 +132,7 @@ ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan,
                         Workspace* workspace) {
   ForwardJob job;
   if (plan.forward != ForwardPath::kTwoLaunches) return job;
-  job.terms.stride = term_columns(p);
-  job.terms.segments = segments_of(p);
-  job.terms.data = workspace->take(p.m * job.terms.stride * 2);
+  job.terms = take_terms(p, workspace);
   job.factor = factor_operand(p, p.lora_b, p.n, false, weight_k_major(p), workspace);
   return job;
 }
@@ -159,19 +171,12 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   GemmParams gemm;
   gemm.m = p.m;
   gemm.n = p.n;
-  GemmSource& base = gemm.source[0];
-  base.a = p.x.data;
-  base.a_stride = p.x.row_stride;
-  base.a_aligned = aligned16(p.x.data, p.x.row_stride, p.k);
-  base.b = p.weight.data;
-  base.b_stride = weight_stride(p);
-  base.b_aligned = aligned16(p.weight.data, base.b_stride, weight_k_major(p) ? p.k : p.n);
-  base.k = static_cast<int32_t>(p.k);
+  gemm.source[0] = base_source(p, p.x, p.k);
   gemm.bias = p.bias.data;
   gemm.c = args.y;
   gemm.c_stride = args.y_row_stride;
   gemm.c_aligned = aligned16(args.y, args.y_row_stride, kChunk);
-  variant.aligned = base.a_aligned && base.b_aligned;
+  variant.aligned = gemm.source[0].a_aligned && gemm.source[0].b_aligned;
 
   if (plan.forward == ForwardPath::kFusedDown) {
     GemmSource& update = gemm.source[1];
@@ -202,10 +207,7 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   const Status status = launch_down<Element, Factor>(plan.down.rank, down,
                                                      copy_ctas(down.copy, kSkinnyThreads), context);
   if (status != Status::kOk) return status;
-  gemm.source[1] = job.factor.source;
-  gemm.source[1].a = job.terms.data;
-  gemm.source[1].a_stride = job.terms.stride;
-  gemm.source[1].a_aligned = true;
+  gemm.source[1] = update_source(job.factor, job.terms);
   return launch_gemm<Element>(variant, gemm, context, true);
 }
 
@@ -224,9 +226,7 @@ BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& 
   BackwardJob job;
   job.want_ds = args.dx || args.dlora_a;
   if (job.want_ds) {
-    job.terms.stride = term_columns(p);
-    job.terms.segments = segments_of(p);
-    job.terms.data = workspace->take(p.m * job.terms.stride * 2);
+    job.terms = take_terms(p, workspace);
     if (args.dlora_a && factor_float(p))
       job.ds = static_cast<float*>(workspace->take(p.m * p.r * 4));
   }
@@ -297,18 +297,8 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   gemm.m = p.m;
   gemm.n = p.k;
   // The low-rank product first: dropout's mask is applied to it alone.
-  gemm.source[0] = job.factor.source;
-  gemm.source[0].a = job.terms.data;
-  gemm.source[0].a_stride = job.terms.stride;
-  gemm.source[0].a_aligned = true;
-  GemmSource& base = gemm.source[1];
-  base.a = args.dy.data;
-  base.a_stride = args.dy.row_stride;
-  base.a_aligned = aligned16(args.dy.data, args.dy.row_stride, p.n);
-  base.b = p.weight.data;
-  base.b_stride = weight_stride(p);
-  base.b_aligned = aligned16(p.weight.data, base.b_stride, weight_k_major(p) ? p.k : p.n);
-  base.k = static_cast<int32_t>(p.n);
+  gemm.source[0] = update_source(job.factor, job.terms);
+  gemm.source[1] = base_source(p, args.dy, p.n);
   gemm.c = args.dx;
   gemm.c_stride = p.k;
   gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
@@ -316,7 +306,7 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   GemmVariant variant;
   variant.choice = plan.gemm_backward;
   variant.b_k_major = !weight_k_major(p);
-  variant.aligned = base.a_aligned && base.b_aligned;
+  variant.aligned = gemm.source[1].a_aligned && gemm.source[1].b_aligned;
   variant.mask = p.dropout_p > 0.0;
   return launch_gemm<Element>(variant, gemm, context, false);
 }
@@ -392,11 +382,21 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
   shape.factor_float = factor_float(p);
   shape.dropout = p.dropout_p > 0.0;
   shape.weight_k_major = weight_k_major(p);
-  shape.aligned = aligned16(p.x.data, p.x.row_stride, p.k) &&
-                  aligned16(p.weight.data, weight_stride(p), weight_k_major(p) ? p.k : p.n) &&
-                  p.n % kChunk == 0;
+  shape.aligned =
+      aligned16(p.x.data, p.x.row_stride, p.k) && aligned_weight(p) && p.n % kChunk == 0;
   return shape;
 }
+
+namespace {
+
+LoraLinearPlan backward_plan(const LoraLinearBackward& args, const DeviceFacts& device) {
+  const LoraLinearParams& p = args.problem;
+  LoraLinearShape shape = shape_of(p);
+  shape.aligned = shape.aligned && aligned16(args.dy.data, args.dy.row_stride, p.n);
+  return plan_lora_linear(shape, device);
+}
+
+}  // namespace
 
 bool supports(const LoraLinearParams& p) {
   if (p.x.dtype != DType::kBFloat16 && p.x.dtype != DType::kFloat16) return false;
@@ -413,9 +413,8 @@ int64_t forward_workspace_bytes(const LoraLinearParams& p, const DeviceFacts& de
 }
 
 int64_t backward_workspace_bytes(const LoraLinearBackward& args, const DeviceFacts& device) {
-  LoraLinearShape shape = shape_of(args.problem);
   Workspace workspace(nullptr);
-  plan_backward(args, plan_lora_linear(shape, device), &workspace);
+  plan_backward(args, backward_plan(args, device), &workspace);
   return workspace.used();
 }
 
@@ -430,9 +429,7 @@ Status lora_linear_backward(const LoraLinearBackward& args, const LaunchContext&
   const LoraLinearParams& p = args.problem;
   if (!supports(p)) return Status::kUnsupported;
   if (p.m == 0) return clear_gradients(args, context);
-  LoraLinearShape shape = shape_of(p);
-  shape.aligned = shape.aligned && aligned16(args.dy.data, args.dy.row_stride, p.n);
-  return dispatch<RunBackward>(args, plan_lora_linear(shape, context.device), context);
+  return dispatch<RunBackward>(args, backward_plan(args, context.device), context);
 }
 
 }  // namespace fused_peft::cuda

@@ -4,15 +4,9 @@
 
 #include <cstdint>
 
-namespace fused_peft::cuda {
+#include "kernels/cuda/device.h"
 
-// What the choice depends on; cudaDeviceProp has these. No number of SMs is written down anywhere
-// else.
-struct DeviceFacts {
-  int32_t num_sms = 0;
-  int32_t shared_per_block = 0;  // the opt-in maximum, bytes
-  int32_t major = 0;             // of the compute capability
-};
+namespace fused_peft::cuda {
 
 struct LoraLinearShape {
   int64_t m = 0, n = 0, k = 0, r = 0;
@@ -51,8 +45,6 @@ struct LoraLinearPlan {
   GemmChoice gemm, gemm_backward;
   SkinnyChoice down, dy_pass, x_pass;
 };
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int32_t rank_tile(int64_t r, int32_t largest) {
   return r <= 16 ? 16 : r <= 64 ? 64 : largest;

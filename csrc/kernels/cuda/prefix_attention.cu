@@ -14,40 +14,33 @@ PrefixAttentionShape shape_of(const PrefixAttentionParams& p) {
   return {p.batch, p.q_heads, p.kv_heads, p.queries, p.keys, p.prefix, p.head_dim, p.shared_prefix};
 }
 
-// Hands out floats of the workspace, 256-byte aligned, or only adds up what is asked for.
-struct Floats {
-  float* base;
-  int64_t used = 0;
-  float* take(int64_t count) {
-    float* at = base ? base + used : nullptr;
-    used += ceil_div(count, 64) * 64;
-    return at;
-  }
-};
+float* take_floats(Workspace* workspace, int64_t count) {
+  return static_cast<float*>(workspace->take(count * 4));
+}
 
-void place(AttentionForwardParams* args, const PrefixAttentionPlan& plan, Floats* floats) {
+void place(AttentionForwardParams* args, const PrefixAttentionPlan& plan, Workspace* workspace) {
   args->query_tiles = static_cast<int32_t>(plan.query_tiles);
   args->key_splits = plan.key_splits;
   if (plan.key_splits == 1) return;
   const PrefixAttentionParams& p = args->problem;
   const int64_t rows = plan.key_splits * p.batch * p.q_heads * p.queries;
-  args->part_out = floats->take(rows * p.head_dim);
-  args->part_lse = floats->take(rows);
+  args->part_out = take_floats(workspace, rows * p.head_dim);
+  args->part_lse = take_floats(workspace, rows);
 }
 
-void place(AttentionBackwardParams* args, const PrefixAttentionPlan& plan, Floats* floats) {
+void place(AttentionBackwardParams* args, const PrefixAttentionPlan& plan, Workspace* workspace) {
   const PrefixAttentionParams& p = args->problem;
   args->padded_queries = static_cast<int32_t>(ceil_div(p.queries, kAttentionRows) * kAttentionRows);
   args->key_tiles = static_cast<int32_t>(plan.key_tiles);
   args->prefix_tiles = static_cast<int32_t>(plan.prefix_tiles);
   args->prefix_splits = plan.prefix_splits;
   const int64_t rows = p.batch * p.q_heads * args->padded_queries;
-  args->lse2 = floats->take(rows);
-  args->delta = floats->take(rows);
+  args->lse2 = take_floats(workspace, rows);
+  args->delta = take_floats(workspace, rows);
   if (plan.prefix_splits == 1) return;
   const int64_t part = plan.prefix_splits * p.kv_heads * p.prefix * p.head_dim;
-  if (args->dprefix_k.data) args->parts_k = floats->take(part);
-  if (args->dprefix_v.data) args->parts_v = floats->take(part);
+  if (args->dprefix_k.data) args->parts_k = take_floats(workspace, part);
+  if (args->dprefix_v.data) args->parts_v = take_floats(workspace, part);
 }
 
 AttentionBackwardParams params_of(const PrefixAttentionBackward& args) {
@@ -79,16 +72,16 @@ bool supports(const PrefixAttentionParams& p) {
 int64_t forward_workspace_bytes(const PrefixAttentionParams& p, const DeviceFacts& device) {
   AttentionForwardParams params;
   params.problem = p;
-  Floats floats{nullptr};
-  place(&params, plan_prefix_attention(shape_of(p), device), &floats);
-  return floats.used * 4;
+  Workspace workspace(nullptr);
+  place(&params, plan_prefix_attention(shape_of(p), device), &workspace);
+  return workspace.used();
 }
 
 int64_t backward_workspace_bytes(const PrefixAttentionBackward& args, const DeviceFacts& device) {
   AttentionBackwardParams params = params_of(args);
-  Floats floats{nullptr};
-  place(&params, plan_prefix_attention(shape_of(args.problem), device), &floats);
-  return floats.used * 4;
+  Workspace workspace(nullptr);
+  place(&params, plan_prefix_attention(shape_of(args.problem), device), &workspace);
+  return workspace.used();
 }
 
 Status prefix_attention_forward(const PrefixAttentionForward& args, const LaunchContext& context) {
@@ -100,8 +93,8 @@ Status prefix_attention_forward(const PrefixAttentionForward& args, const Launch
   params.problem = p;
   params.out = args.out;
   params.lse = static_cast<float*>(args.lse);
-  Floats floats{static_cast<float*>(context.workspace)};
-  place(&params, plan, &floats);
+  Workspace workspace(context.workspace);
+  place(&params, plan, &workspace);
   return p.dtype == DType::kBFloat16
              ? launch_attention_forward<__nv_bfloat16>(plan, params, context)
              : launch_attention_forward<__half>(plan, params, context);
@@ -113,8 +106,8 @@ Status prefix_attention_backward(const PrefixAttentionBackward& args,
   if (!supports(p)) return Status::kUnsupported;
   const PrefixAttentionPlan plan = plan_prefix_attention(shape_of(p), context.device);
   AttentionBackwardParams params = params_of(args);
-  Floats floats{static_cast<float*>(context.workspace)};
-  place(&params, plan, &floats);
+  Workspace workspace(context.workspace);
+  place(&params, plan, &workspace);
   return p.dtype == DType::kBFloat16
              ? launch_attention_backward<__nv_bfloat16>(plan, params, context)
              : launch_attention_backward<__half>(plan, params, context);

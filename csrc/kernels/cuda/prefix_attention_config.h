@@ -2,7 +2,7 @@
 // problem and the device, testable without either.
 #pragma once
 
-#include "kernels/cuda/lora_linear_config.h"
+#include "kernels/cuda/device.h"
 
 namespace fused_peft::cuda {
 
