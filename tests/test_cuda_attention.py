@@ -183,7 +183,7 @@ def test_cascade_reads_a_shared_prefix_once_for_the_batch():
 
 # ---- right over many problems and schedules
 
-# Wide query tiles; cascades of one tile, of more than one, without keys, of few heads; splits of the
+# Wide query tiles; cascades of one tile, of more than one, without keys; splits of the
 # prefix's gradient that take more than one batch row.
 CHOSEN = {
     "wide 64": ((11, 24, 12, 100, 130, 64, 20), {"query_rows": 128}),
