@@ -101,8 +101,8 @@ __device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Ele
 // warp stores lie in different banks.
 __host__ __device__ constexpr int sum_row(int columns) { return (columns < 64 ? columns : 64) + 8; }
 
-// The i-th of the rows that lie sum_row(16) floats apart, in an order in which two after one another
-// have no bank in common: a warp reads two rows of 16 columns at a time.
+// The i-th of the rows that lie sum_row(16) floats apart, in an order in which two after one
+// another have no bank in common: a warp reads two rows of 16 columns at a time.
 __device__ inline int paired_row(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
 // Adds up the warps' accumulators in the order of the warps, 64 columns at a time through `shared`
