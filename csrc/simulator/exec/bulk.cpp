@@ -346,6 +346,7 @@ void issue_load(Warp& warp, const Instr& instr, int lane, Cta& target, uint64_t 
                 std::vector<CopyUnit> units, Space from, const std::byte* fill) {
   MbarrierPlace place;
   if (!place_of(warp, instr, barrier_address, false, lane, &place)) return;
+  if (!touch_mbarrier(warp, instr, place, lane, AccessKind::kAtomic)) return;
   Mbarrier* const barrier = find_mbarrier(warp, instr, place, lane);
   if (barrier == nullptr) return;
   auto load = std::make_unique<BulkLoad>();

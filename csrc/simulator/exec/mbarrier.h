@@ -74,6 +74,11 @@ MbarrierTable& table_of(Cta& cta);
 // False where the address is none of shared memory (reported).
 bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, int lane,
               MbarrierPlace* place);
+// The mbarrier's bytes as memory: bounds, alignment, races. Init and inval (kWrite) are plain writes,
+// which must be ordered before whatever else touches the object; all other operations are atomic.
+// False where they must not be carried out (reported).
+bool touch_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane,
+                    AccessKind kind);
 // nullptr where no mbarrier.init has made one there (reported).
 Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane);
 

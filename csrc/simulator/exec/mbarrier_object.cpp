@@ -101,6 +101,18 @@ bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, in
   return true;
 }
 
+bool touch_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane,
+                    AccessKind kind) {
+  constexpr uint32_t kWordBytes = 8;
+  uint64_t address[kLanes] = {};
+  address[lane] = place.address;
+  const LaneMask lanes = LaneMask{1} << lane;
+  LaneMask valid = 0;
+  Access access{Space::kShared, kind, kWordBytes, lanes, address};
+  access.relaxed = kind != AccessKind::kWrite;
+  return warp.cta->launch->checker->access(warp, instr, access, lanes, &valid) != 0;
+}
+
 Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane) {
   MbarrierTable& table = table_of(*place.cta);
   const auto entry = table.find(place.offset);
