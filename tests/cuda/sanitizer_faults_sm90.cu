@@ -26,30 +26,26 @@ __device__ void expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
-__device__ void fence_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-__device__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-}
+__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
-#define WAIT_FOR(bar, parity)                                                      \
-  asm volatile(                                                                    \
-      "{ .reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; "  \
-      "@!p bra W; }" ::"r"(bar),                                                   \
-      "r"(parity)                                                                  \
+#define WAIT_FOR(bar, parity)                                                     \
+  asm volatile(                                                                   \
+      "{ .reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; " \
+      "@!p bra W; }" ::"r"(bar),                                                  \
+      "r"(parity)                                                                 \
       : "memory")
 // The same for arrivals of other blocks.
-#define WAIT_FOR_CLUSTER(bar, parity)                                                              \
-  asm volatile(                                                                                    \
-      "{ .reg .pred p; W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; "  \
-      "@!p bra W; }" ::"r"(bar),                                                                   \
-      "r"(parity)                                                                                  \
+#define WAIT_FOR_CLUSTER(bar, parity)                                                             \
+  asm volatile(                                                                                   \
+      "{ .reg .pred p; W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; " \
+      "@!p bra W; }" ::"r"(bar),                                                                  \
+      "r"(parity)                                                                                 \
       : "memory")
 
 // A relaxed arrival at the cluster's barrier passes on what a fence covers, and no more.
@@ -95,7 +91,7 @@ KERNEL multicast_before_init(const int* in, int* out) {
 // The block may be gone before the other one's stores arrive.
 KERNEL store_to_remote_before_cluster_barrier(int* out) {
   __shared__ int tile[128];
-  tile[threadIdx.x] = 0;  // or: race
+  tile[threadIdx.x] = 0;  // expect: race
   if (FAULTY) {
     __syncthreads();
   } else {
@@ -125,23 +121,24 @@ KERNEL bulk_store_without_proxy_fence(int* out) {
 // A stage is filled again while the threads of the block still read it.
 KERNEL refill_over_readers(const int* in, int* out) {
   __shared__ alignas(128) int tile[128];
-  __shared__ uint64_t word;
-  uint32_t bar = shared_address(&word);
+  __shared__ uint64_t words[2];
   if (threadIdx.x == 0) {
-    init_mbarrier(bar);
+    init_mbarrier(shared_address(words));
+    init_mbarrier(shared_address(words + 1));
     fence_init();
   }
   __syncthreads();
   int sum = 0;
   for (int i = 0; i < 2; ++i) {
+    uint32_t bar = shared_address(words + i);
     if (threadIdx.x == 0) {
       expect(bar, sizeof tile);
       // clang-format off
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 512, [%2];" ::"r"(shared_address(tile)), "l"(in + 128 * i), "r"(bar) : "memory");  // expect: race
       // clang-format on
     }
-    WAIT_FOR(bar, i);
-    sum += tile[threadIdx.x ^ 64];  // or: race | asynchronous copy not waited for
+    WAIT_FOR(bar, 0);
+    sum += tile[threadIdx.x ^ 64];  // expect: race | asynchronous copy not waited for
     if (!FAULTY) __syncthreads();
   }
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
@@ -162,6 +159,7 @@ KERNEL bulk_load_not_waited(const int* in, int* out) {
   }
   __syncthreads();
   if (!FAULTY) WAIT_FOR(bar, 0);
-  out[blockIdx.x * blockDim.x + threadIdx.x] = tile[threadIdx.x];  // expect: asynchronous copy not waited for
+  out[blockIdx.x * blockDim.x + threadIdx.x] =
+      tile[threadIdx.x];  // expect: asynchronous copy not waited for | race
   WAIT_FOR(bar, 0);
 }

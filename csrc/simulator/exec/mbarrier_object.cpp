@@ -53,8 +53,8 @@ void observe(Mbarrier& barrier, Checker& checker) {
         lanes |= LaneMask{!unit.skip} << i;
         initialised |= LaneMask{unit.initialised} << i;
       }
-      if (lanes == 0) continue;
-      Access access{Space::kShared, AccessKind::kWrite, kUnitBytes, lanes, address};
+      if (lanes == 0 || load->combine) continue;
+      Access access{Space::kShared, AccessKind::kWrite, load->unit_bytes, lanes, address};
       access.async_proxy = true;
       checker.end_async(*load->issuer, *load->instr, access, initialised);
     }
@@ -135,8 +135,12 @@ void BulkLoad::move() const {
   for (const CopyUnit& unit : units) {
     if (unit.skip) continue;
     std::byte* const to = target->shared + unit.shared;
-    if (unit.begin == 0 && unit.end == kUnitBytes) {
-      std::memcpy(to, unit.host, kUnitBytes);
+    if (combine) {
+      combine(to, unit.host, unit_bytes);
+      continue;
+    }
+    if (unit.begin == 0 && unit.end == unit_bytes) {
+      std::memcpy(to, unit.host, unit_bytes);
       continue;
     }
     std::memcpy(to, fill, kUnitBytes);
