@@ -89,10 +89,11 @@ __device__ void mask_accumulators(float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N /
 
 // Rounds the accumulators (+ bias) once and writes them, 64 columns of a warp's 16 rows at a time:
 // each warp fills its own two buffers in turn and copies them out itself, so no warp waits for
-// another. row0: of the warp's first row.
+// another. row0: of the warp's first row. next: which buffer; goes on from tile to tile.
 template <class Element, class Tile>
 __device__ void store_rows(const float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N / 2],
-                           const GemmSm90Params& p, uint32_t buffers, int64_t row0, int64_t n0) {
+                           const GemmSm90Params& p, uint32_t buffers, uint32_t& next, int64_t row0,
+                           int64_t n0) {
   using Traits = ElementTraits<Element>;
   const int lane = threadIdx.x % 32;
   const auto* bias = static_cast<const Element*>(p.bias);
@@ -102,7 +103,8 @@ __device__ void store_rows(const float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N / 
   for (int i = 0; i < Tile::kRowBlocks; ++i)
 #pragma unroll
     for (int part = 0; part < Tile::BLOCK_N / kSwizzledColumns; ++part) {
-      const uint32_t buffer = buffers + part % 2 * Tile::kStoreBoxBytes;
+      const uint32_t buffer = buffers + next * Tile::kStoreBoxBytes;
+      next ^= 1;
       if (lane == 0) ptx::bulk_wait_read<1>();
       __syncwarp();
 #pragma unroll

@@ -215,6 +215,7 @@ __device__ void consume(const GemmSm90Params& p, const GemmSm90Shared<Tile>& sha
     walk.advance();
     ring.advance(k_tiles);
   }
+  uint32_t next_buffer = 0;
   for (uint32_t turn = 0; !walk.done(); turn ^= 1) {
     int32_t m0, n0;
     walk.place(p, Tile::BLOCK_M, Tile::BLOCK_N, &m0, &n0);
@@ -232,7 +233,7 @@ __device__ void consume(const GemmSm90Params& p, const GemmSm90Shared<Tile>& sha
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.turn(1 - group));
       ring.advance(k_tiles);
     }
-    store_rows<Element, Tile>(product.acc, p, buffers, warp_row, n0);
+    store_rows<Element, Tile>(product.acc, p, buffers, next_buffer, warp_row, n0);
     walk.advance(Tile::kPingpong ? 2 : 1);
   }
   if (threadIdx.x % 32 == 0) ptx::bulk_wait_read<0>();

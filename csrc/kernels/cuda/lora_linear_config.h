@@ -92,7 +92,8 @@ constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& d
   // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
   // tile's time in every column: at most 1/16 of the work.
   const int64_t tiles_m = ceil_div(m, choice.block_m);
-  if (choice.block_m == 128 && (tiles_m % 2 == 0 || tiles_m >= 16)) choice.cluster = 2;
+  if (choice.block_m == 128 && device.num_sms >= 2 && (tiles_m % 2 == 0 || tiles_m >= 16))
+    choice.cluster = 2;
   const int64_t clusters = ceil_div(tiles_m, choice.cluster) * ceil_div(n, choice.block_n);
   const int64_t resident = device.num_sms / choice.cluster;
   choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
