@@ -100,21 +100,25 @@ for shape, p, timing in itertools.product(
 """
 
 
-def build(folder: Path, source: str, header: str = "", old: str = "", new: str = "") -> Path:
-    """A simulated_cuda.so with one text of csrc/kernels changed."""
+def build(
+    folder: Path, source: str, header: str = "", *changes: str, architecture: str = "80"
+) -> Path:
+    """A simulated_cuda.so with texts of one header changed: old, new, old, new ..."""
     kernels = folder / "kernels"
     shutil.copytree(ROOT / "csrc/kernels", kernels)
     if header:
         path = kernels / "cuda" / header
         text = path.read_text()
-        assert old in text, "the kernel has changed: this fault needs another text"
-        path.write_text(text.replace(old, new))
-    name = f"{source}_bf16_sm80.cu"
+        for old, new in zip(changes[::2], changes[1::2], strict=True):
+            assert old in text, "the kernel has changed: this fault needs another text"
+            text = text.replace(old, new)
+        path.write_text(text)
+    name = f"{source}_bf16_sm{architecture}.cu"
     subprocess.run(
         [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--extended-lambda", "--expt-relaxed-constexpr",
          "-lineinfo", "--no-compress", "-Xcompiler=-fPIC", "-cudart", "none", f"-I{folder}",
-         "-gencode", "arch=compute_80,code=compute_80", "-c", "-o", str(folder / "changed.o"),
-         str(kernels / "cuda" / name)],
+         "-gencode", f"arch=compute_{architecture},code=compute_{architecture}",
+         "-c", "-o", str(folder / "changed.o"), str(kernels / "cuda" / name)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     archive = folder / "kernels.a"
@@ -133,9 +137,9 @@ def build(folder: Path, source: str, header: str = "", old: str = "", new: str =
     return library
 
 
-def check(library: Path) -> subprocess.CompletedProcess[str]:
+def check(library: Path, script: str = CHECK) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", CHECK, str(ROOT / "tests")],
+        [sys.executable, "-c", script, str(ROOT / "tests")],
         env={**os.environ, "FUSED_PEFT_SIMULATED_CUDA_LIBRARY": str(library)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

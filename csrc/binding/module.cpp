@@ -80,6 +80,8 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
   out["forward"] = name_of(plan.forward);
   out["forward_launches"] = plan.forward_launches;
   out["backward_launches"] = plan.backward_launches;
+  out["decode_cluster"] = plan.decode.cluster;
+  out["decode_ctas"] = plan.decode.ctas;
   out["gemm_block"] = plan.gemm.block;
   out["gemm_tiles"] = plan.gemm.tiles;
   out["gemm_backward_block"] = plan.gemm_backward.block;
