@@ -16,12 +16,18 @@ namespace fused_peft::cuda {
 struct GemmVariant {
   GemmChoice choice;
   bool b_k_major = true, aligned = true, mask = false;
-  int down_rank = 0;  // of the fused down projection; 0: none
+  int down_rank = 0;         // of the fused down projection; 0: none
+  int dependent_source = 2;  // from which source on operands are the previous kernel's output
 };
 
 template <class Element>
 Status launch_gemm(const GemmVariant& variant, const GemmParams& params,
                    const LaunchContext& context, bool dependent);
+
+// The same by the kernels for sm_90a. Every operand has 16-byte rows and base, M < 2^31.
+template <class Element>
+Status launch_gemm_sm90(const GemmVariant& variant, const GemmParams& params,
+                        const LaunchContext& context, bool dependent);
 
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>

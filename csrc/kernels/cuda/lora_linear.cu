@@ -122,6 +122,16 @@ Dropout dropout_of(const LoraLinearParams& p, const LaunchContext& context) {
 
 double scaling_of(const LoraLinearParams& p) { return p.scaling / (1.0 - p.dropout_p); }
 
+template <class Element>
+Status run_gemm(const GemmVariant& variant, const GemmParams& gemm, const LaunchContext& context,
+                bool dependent) {
+#ifdef FUSED_PEFT_SM90A
+  if (variant.choice.kernel != GemmKernel::kSm80)
+    return launch_gemm_sm90<Element>(variant, gemm, context, dependent);
+#endif
+  return launch_gemm<Element>(variant, gemm, context, dependent);
+}
+
 // Everything a forward pass launches; `workspace` without a base only measures.
 struct ForwardJob {
   TermsOut terms;
@@ -178,6 +188,7 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   gemm.c_stride = args.y_row_stride;
   gemm.c_aligned = aligned16(args.y, args.y_row_stride, kChunk);
   variant.aligned = gemm.source[0].a_aligned && gemm.source[0].b_aligned;
+  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.n, false, context.device);
 
   if (plan.forward == ForwardPath::kFusedDown) {
     GemmSource& update = gemm.source[1];
@@ -209,7 +220,8 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
                                                      copy_ctas(down.copy, kSkinnyThreads), context);
   if (status != Status::kOk) return status;
   gemm.source[1] = update_source(job.factor, job.terms);
-  return launch_gemm<Element>(variant, gemm, context, true);
+  variant.dependent_source = 1;
+  return run_gemm<Element>(variant, gemm, context, true);
 }
 
 struct BackwardJob {
@@ -297,19 +309,24 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   GemmParams gemm;
   gemm.m = p.m;
   gemm.n = p.k;
-  // The low-rank product first: dropout's mask is applied to it alone.
-  gemm.source[0] = update_source(job.factor, job.terms);
-  gemm.source[1] = base_source(p, args.dy, p.n);
   gemm.c = args.dx;
   gemm.c_stride = p.k;
-  gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
   gemm.dropout = dropout_of(p, context);
   GemmVariant variant;
   variant.choice = plan.gemm_backward;
   variant.b_k_major = !weight_k_major(p);
-  variant.aligned = gemm.source[1].a_aligned && gemm.source[1].b_aligned;
   variant.mask = p.dropout_p > 0.0;
-  return launch_gemm<Element>(variant, gemm, context, false);
+  // The low-rank product first where dropout's mask is applied, to it alone; else last, since it is
+  // the one that waits for the kernel before.
+  gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
+  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.k, false, context.device);
+  const bool sm90 = variant.choice.kernel != GemmKernel::kSm80;
+  const int update = sm90 && !variant.mask ? 1 : 0;
+  gemm.source[update] = update_source(job.factor, job.terms);
+  gemm.source[1 - update] = base_source(p, args.dy, p.n);
+  variant.aligned = gemm.source[1 - update].a_aligned && gemm.source[1 - update].b_aligned;
+  variant.dependent_source = update;
+  return run_gemm<Element>(variant, gemm, context, sm90);
 }
 
 template <class Element, class Factor>

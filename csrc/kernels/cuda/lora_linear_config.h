@@ -41,10 +41,27 @@ struct DecodeChoice {
   int64_t ctas = 0;
 };
 
-struct GemmChoice {
-  int32_t block = 0;  // BLOCK_M = BLOCK_N
-  int64_t tiles = 0;
+enum class GemmKernel : int32_t {
+  kSm80 = 0,
+  kPingpong = 1,     // sm_90a
+  kCooperative = 2,  // sm_90a
 };
+
+struct GemmChoice {
+  GemmKernel kernel = GemmKernel::kSm80;
+  int32_t block_m = 0, block_n = 0;
+  int64_t tiles = 0;
+  int32_t cluster = 1;      // CTAs, below one another
+  int64_t ctas = 0;         // tiles on sm_80, at most one per SM on sm_90a
+  int32_t raster_rows = 8;  // row tiles (of clusters) in a column of the order
+};
+
+// Whether the package has kernels for sm_90a.
+#ifdef FUSED_PEFT_SM90A
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = false;
+#endif
 
 struct SkinnyChoice {
   int32_t rank = 0;        // columns of the accumulators, R rounded up to a tile that is compiled
@@ -65,12 +82,50 @@ constexpr int32_t rank_tile(int64_t r, int32_t largest) {
   return r <= 16 ? 16 : r <= 64 ? 64 : largest;
 }
 
-// 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is one for
-// every SM.
+// Rows of the nearly square block of C that `ctas` tiles at a time should cover: it reads the least
+// of A and B.
+constexpr int32_t square_raster(int64_t ctas, int32_t block_m, int32_t block_n, int32_t cluster) {
+  int32_t rows = 1;
+  while (int64_t{rows + 1} * (rows + 1) * block_m <= ctas * block_n) ++rows;
+  return rows < cluster ? 1 : rows / cluster;
+}
+
+constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& device) {
+  GemmChoice choice;
+  const auto take = [&](GemmKernel kernel, int32_t block_m, int32_t block_n) {
+    choice.kernel = kernel;
+    choice.block_m = block_m;
+    choice.block_n = block_n;
+    choice.tiles = ceil_div(m, block_m) * ceil_div(n, block_n);
+  };
+  // 256 columns: a wgmma of m64n256k16 reads 10 KB of shared memory in its 128 cycles, 80 bytes a
+  // cycle of the 128 there are; m64n128k16 reads 96, m64n64k16 all 128. A tile for every SM counts
+  // for more.
+  take(GemmKernel::kCooperative, 128, 256);
+  if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 128, 128);
+  if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 64, 64);
+  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
+  // tile's time in every column: at most 1/16 of the work.
+  const int64_t tiles_m = ceil_div(m, choice.block_m);
+  if (choice.block_m == 128 && device.num_sms >= 2 && (tiles_m % 2 == 0 || tiles_m >= 16))
+    choice.cluster = 2;
+  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * ceil_div(n, choice.block_n);
+  const int64_t resident = device.num_sms / choice.cluster;
+  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
+  return choice;
+}
+
+// sm_80: 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is
+// one for every SM. A tensor copy needs rows and bases that are multiples of 16 bytes.
 constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const DeviceFacts& device) {
+  if (kHasSm90a && device.major == 9 && aligned && m < int64_t{1} << 31)
+    return choose_gemm_sm90(m, n, device);
+  GemmChoice choice;
   const int64_t large = ceil_div(m, 128) * ceil_div(n, 128);
-  if (aligned && large >= device.num_sms) return {128, large};
-  return {64, ceil_div(m, 64) * ceil_div(n, 64)};
+  choice.block_m = choice.block_n = aligned && large >= device.num_sms ? 128 : 64;
+  choice.tiles = choice.ctas = ceil_div(m, choice.block_m) * ceil_div(n, choice.block_n);
+  return choice;
 }
 
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
