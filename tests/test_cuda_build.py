@@ -96,7 +96,7 @@ def test_main_loops(architecture):
         opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
         if "attention" not in name:
             assert not any(o.startswith(("LDL", "STL")) for o in opcodes), name
-        if not any(part in name for part in ("gemm_dual", "x_pass", "dy_pass")):
+        if "sm90" in name or not any(p in name for p in ("gemm_dual", "x_pass", "dy_pass")):
             continue
         # The loop that both copies and multiplies.
         main = [
@@ -112,3 +112,20 @@ def test_main_loops(architecture):
             gemms += 1
             assert any(o.startswith("STG.E.128") for o in opcodes), name
     assert gemms >= 16
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+def test_hopper_main_loops():
+    gemms = {name: lines for name, lines in machine_code("90").items() if "gemm_dual_sm90" in name}
+    assert len(gemms) == 24  # two types, three tiles, two layouts of b, with a mask and without
+    for name, lines in gemms.items():
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        for opcode in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "ACQBULK"):
+            assert opcodes[opcode], (name, opcode)
+        # The innermost loop that multiplies whole tiles of k: four steps and at most the loop of
+        # one step for the last tile, and no fence of the whole device.
+        main = [loop for loop in loops(lines) if sum(loop[o] for o in loop if "HGMMA" in o) >= 4]
+        smallest = min(main, key=lambda loop: loop.total())
+        assert smallest.total() < 180, name
+        assert not smallest["MEMBAR.ALL.GPU"], name
+        assert not any(o.startswith(("LDS", "LDG", "STS")) for o in smallest), name

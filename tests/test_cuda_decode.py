@@ -11,10 +11,10 @@ import itertools
 import pytest
 import torch
 from backends import SIMULATED_CUDA, forced, relative_error
+from cuda_faults import Fault, assert_seen, build, needs_build_folder, run_check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_lora import A100, H100, RTX4090
-from test_cuda_mutations import BUILD, build, check
 from test_lora_ops import assert_no_worse_than_torch, make
 
 from fused_peft import _C, ops, reference, simulator
@@ -205,7 +205,7 @@ def test_infinities_of_one_column_stay_in_it():
 
 # ---- faults
 
-DECODE = "lora_decode_sm90.cuh"
+HEADER = "lora_decode_sm90.cuh"
 FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
 RELEASE = "if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);"
 RING_FREE = "__syncthreads();  // with the producer: the ring is free"
@@ -269,24 +269,20 @@ for shape, timing in [
         sys.exit(f"y: {error}")
 """
 
-needs_build = pytest.mark.skipif(
-    BUILD is None, reason="needs the build folder of an editable install"
-)
+
+def build_changed(folder, changes=()):
+    """With texts of the header replaced: old, new, old, new ..."""
+    faults = [Fault(HEADER, *pair) for pair in zip(changes[::2], changes[1::2], strict=True)]
+    return build(folder, "lora_decode_bf16_sm90.cu", *faults)
 
 
-def changed(folder, *changes):
-    return build(folder, "lora_decode", DECODE, *changes, architecture="90")
-
-
-@needs_build
+@needs_build_folder
 def test_the_kernel_as_it_is_passes(tmp_path):
-    done = check(changed(tmp_path), CHECK)
+    done = run_check(build_changed(tmp_path), CHECK)
     assert done.returncode == 0, done.stderr
 
 
-@needs_build
+@needs_build_folder
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_seen(fault, tmp_path):
-    done = check(changed(tmp_path, *FAULTS[fault]), CHECK)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(("finding:", "y:", "RuntimeError"))
+    assert_seen(run_check(build_changed(tmp_path, FAULTS[fault]), CHECK))

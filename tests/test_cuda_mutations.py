@@ -1,33 +1,15 @@
-"""Deliberate faults in the CUDA kernels: each must turn a check red.
-
-A changed copy of csrc/kernels is compiled for bfloat16, linked with the other objects of the build
-folder into another simulated_cuda.so, and checked in a process of its own.
-"""
+"""Deliberate faults in the CUDA kernels for sm_80: each must turn a check red."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from cuda_programs import NVCC
+from cuda_faults import Fault, assert_seen, build, needs_build_folder, run_check
 
-from fused_peft import simulator
+pytestmark = needs_build_folder
 
-ROOT = Path(__file__).parents[1]
-BINDING = "CMakeFiles/simulated_cuda.dir/csrc/binding/lora_linear_cuda.cpp.o"
-BUILD = next((p.parents[4] for p in ROOT.glob(f"build/*/{BINDING}")), None)
-
-pytestmark = pytest.mark.skipif(
-    not simulator.has_kernels() or NVCC is None or BUILD is None,
-    reason="needs nvcc and the build folder of an editable install",
+GEMM, BACKWARD, SKINNY = (
+    f"{name}_bf16_sm80.cu" for name in ("gemm_dual", "lora_backward", "lora_skinny")
 )
-
-GEMM, BACKWARD, SKINNY = "gemm_dual", "lora_backward", "lora_skinny"
 # What it breaks: (source that is compiled, header, text, text instead).
 FAULTS = {
     "wait leaves one group too many pending": (
@@ -89,7 +71,11 @@ for shape, p, timing in itertools.product(
     t = make(*shape, torch.bfloat16, torch.bfloat16)
     options = {"scaling": 0.7, "dropout_p": p, "seed": torch.tensor(5)}
     simulator.reset()
-    with simulator.simulated_cuda(), simulator.options(async_timing=timing, max_sms=2):
+    with (
+        simulator.use_device("a100"),
+        simulator.simulated_cuda(),
+        simulator.options(async_timing=timing, max_sms=2),
+    ):
         ours = run(ops.lora_linear, t, **options)
     for finding in simulator.findings():
         sys.exit(f"finding: {finding.kind} at {finding.source}")
@@ -100,59 +86,13 @@ for shape, p, timing in itertools.product(
 """
 
 
-def build(
-    folder: Path, source: str, header: str = "", *changes: str, architecture: str = "80"
-) -> Path:
-    """A simulated_cuda.so with texts of one header changed: old, new, old, new ..."""
-    kernels = folder / "kernels"
-    shutil.copytree(ROOT / "csrc/kernels", kernels)
-    if header:
-        path = kernels / "cuda" / header
-        text = path.read_text()
-        for old, new in zip(changes[::2], changes[1::2], strict=True):
-            assert old in text, "the kernel has changed: this fault needs another text"
-            text = text.replace(old, new)
-        path.write_text(text)
-    name = f"{source}_bf16_sm{architecture}.cu"
-    subprocess.run(
-        [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--extended-lambda", "--expt-relaxed-constexpr",
-         "-lineinfo", "--no-compress", "-Xcompiler=-fPIC", "-cudart", "none", f"-I{folder}",
-         "-gencode", f"arch=compute_{architecture},code=compute_{architecture}",
-         "-c", "-o", str(folder / "changed.o"), str(kernels / "cuda" / name)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    archive = folder / "kernels.a"
-    shutil.copy(BUILD / "libfused_peft_cuda_simulated.a", archive)
-    subprocess.run(["ar", "d", str(archive), f"{name}.o"], check=True)
-    binding = sorted((BUILD / BINDING).parent.glob("*.o"))
-    library = folder / "simulated_cuda.so"
-    simulated = simulator.library_path()
-    subprocess.run(
-        ["c++", "-shared", "-o", str(library), *map(str, binding), str(folder / "changed.o"),
-         str(archive), str(simulated),
-         str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"),
-         f"-Wl,-rpath,{simulated.parent}"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return library
-
-
-def check(library: Path, script: str = CHECK) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "tests")],
-        env={**os.environ, "FUSED_PEFT_SIMULATED_CUDA_LIBRARY": str(library)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("source", [GEMM, BACKWARD, SKINNY])
 def test_kernels_as_they_are_pass(source, tmp_path):
-    done = check(build(tmp_path, source))
+    done = run_check(build(tmp_path, source), CHECK)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_seen(fault, tmp_path):
-    done = check(build(tmp_path, *FAULTS[fault]))
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(("finding:", "y:", "dx:", "dlora", "RuntimeErr"))
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(name, tmp_path):
+    source, *fault = FAULTS[name]
+    assert_seen(run_check(build(tmp_path, source, Fault(*fault)), CHECK))

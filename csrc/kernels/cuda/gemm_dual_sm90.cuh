@@ -132,7 +132,7 @@ __device__ void produce(const GemmSm90Params& p, const GemmSm90Shared<Tile>& sha
     for (int source = 0; source < 2; ++source) {
       if (source == p.dependent_source) ptx::grid_dependency_wait();
       for (int32_t k = 0; k < p.k[source]; k += Tile::BLOCK_K) {
-        ptx::mbarrier_wait_cluster(shared.empty(ring.stage), ring.phase ^ 1);
+        ptx::mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
         fill_stage<Tile, kBKMajor>(p, shared, ring.stage, source, k, m0, n0);
         ring.advance();
       }
@@ -148,7 +148,7 @@ __device__ inline void release_stage(const GemmSm90Shared<Tile>& shared, uint32_
   if (cluster == 1) {
     if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));
   } else if (lane < cluster) {
-    ptx::mbarrier_arrive_cluster(shared.empty(stage), static_cast<uint32_t>(lane));
+    ptx::mbarrier_arrive_cluster_after_reads(shared.empty(stage), static_cast<uint32_t>(lane));
   }
 }
 

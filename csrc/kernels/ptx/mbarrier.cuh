@@ -33,6 +33,19 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta_ra
       : "memory");
 }
 
+// The same for a thread that has only read what the barrier guards: nothing of its own has to
+// become visible, which costs a fence of the whole device above.
+__device__ inline void mbarrier_arrive_cluster_after_reads(uint32_t barrier, uint32_t cta_rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(cta_rank)
+      : "memory");
+}
+
 // Arrives, and lets the phase wait for so many more bytes.
 __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
