@@ -14,6 +14,7 @@ struct LoraLinearShape {
   bool dropout = false;
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
   bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
+  bool lora_a_aligned = true;  // and those of lora_a
 };
 
 enum class ForwardPath : int32_t {
@@ -23,9 +24,22 @@ enum class ForwardPath : int32_t {
 };
 
 constexpr int64_t kDecodeMaxTokens = 16;
+constexpr int kDecodeColumns = 32;  // of a CTA of the sm_80 decode kernel
 constexpr int64_t kFusedMaxRank =
     64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
+
+// Tile of the sm_90 decode kernel: rows of 128 bytes, the widest that TMA swizzles, and as many as
+// keep R / kDecodeBlockN, the share of lora_a in what a CTA reads, under a half.
+constexpr int kDecodeBlockN = 128, kDecodeBlockK = 64;
+// Two CTAs an SM of 228 KiB, of which each CTA's first KiB is the system's.
+constexpr int kDecodeSharedBytes = 113 * 1024;
+constexpr int32_t kMaxCluster = 8;  // that every device with clusters can launch
+
+struct DecodeChoice {
+  int32_t cluster = 0;  // CTAs that split k; 0: the sm_80 kernel, whose warps do
+  int64_t ctas = 0;
+};
 
 enum class GemmKernel : int32_t {
   kSm80 = 0,
@@ -59,6 +73,7 @@ struct SkinnyChoice {
 struct LoraLinearPlan {
   ForwardPath forward = ForwardPath::kTwoLaunches;
   int32_t forward_launches = 0, backward_launches = 0;
+  DecodeChoice decode;
   GemmChoice gemm, gemm_backward;
   SkinnyChoice down, dy_pass, x_pass;
 };
@@ -124,6 +139,21 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   return ForwardPath::kTwoLaunches;
 }
 
+// How many CTAs share the columns of a decode tile. The sm_80 kernel remains for rows that TMA
+// cannot address (16-byte steps) and for devices with clusters but less shared memory (sm_120: 99
+// KiB). W is read at full rate only with megabytes under way, so k is split as far as all CTAs are
+// still resident at once: two an SM, and a cluster's within one GPC, whose SMs are taken to be a
+// multiple of the cluster. A CTA without a k-block would only wait.
+constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int64_t tiles = ceil_div(p.n, kDecodeBlockN), blocks = ceil_div(p.k, kDecodeBlockK);
+  if (device.major < 9 || device.shared_per_block < kDecodeSharedBytes || !p.aligned ||
+      !p.lora_a_aligned || blocks == 0)
+    return {0, ceil_div(p.n, kDecodeColumns)};
+  int32_t cluster = kMaxCluster;
+  while (cluster > 1 && (tiles > 2 * (device.num_sms / cluster) || blocks < cluster)) cluster /= 2;
+  return {cluster, tiles * cluster};
+}
+
 // Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
 // few CTAs to fill half the device.
 constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
@@ -138,6 +168,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   LoraLinearPlan plan;
   plan.forward = choose_forward(p, device);
   plan.forward_launches = plan.forward == ForwardPath::kTwoLaunches ? 2 : 1;
+  if (plan.forward == ForwardPath::kDecode) plan.decode = choose_decode(p, device);
   plan.gemm = plan.forward == ForwardPath::kFusedDown ? choose_gemm(p.m, p.n, false, device)
                                                       : choose_gemm(p.m, p.n, p.aligned, device);
   plan.gemm_backward = choose_gemm(p.m, p.k, p.aligned, device);
