@@ -80,7 +80,7 @@ struct SharedTouch {
                                 // of all of them.
                                 cell.interval = interval;
                                 stamp.mask = mask;
-                                cell.slots[0] = stamp;
+                                set(cell.slots[0], stamp);
                                 cell.slots[1].mask = cell.slots[2].mask = 0;
                                 return;
                               }
