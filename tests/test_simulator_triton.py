@@ -1,4 +1,4 @@
-"""Kernels that another compiler has made: tests/triton_kernels/generate.py's, compiled by Triton."""
+"""Kernels of another compiler: those of tests/triton_kernels/generate.py, by Triton."""
 
 from __future__ import annotations
 
