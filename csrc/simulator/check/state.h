@@ -45,15 +45,20 @@ struct PageRead {
 
 struct GlobalPage {
   SpinLock lock;
-  uint64_t loaded[kPageBytes / 64] =
-      {};  // a bit a byte: touched by a load, by a store of the launch
-  uint64_t stored[kPageBytes / 64] = {};
   // Pages that are only read need no cells: their reads are listed, and become stamps with the
   // first write. Of very many, a random part is kept.
   std::vector<PageRead> reads;
   uint32_t reads_seen = 0;
-  std::unique_ptr<GlobalCell[]> cells;                       // kPageBytes / kCellBytes of them
+  std::unique_ptr<GlobalCell[]> cells;  // kPageBytes / kCellBytes of them
+  uint64_t loaded[kPageBytes / 64] =
+      {};  // a bit a byte: touched by a load, by a store of the launch
+  uint64_t stored[kPageBytes / 64] = {};
   std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
+
+  void prefetch(uint64_t offset, AccessKind kind) const {
+    __builtin_prefetch(&reads, 1);
+    __builtin_prefetch((kind == AccessKind::kRead ? loaded : stored) + offset / 64, 1);
+  }
 };
 
 struct BufferShadow {

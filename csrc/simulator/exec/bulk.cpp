@@ -360,16 +360,12 @@ void issue(Warp& warp, const Instr& instr, int lane, const MbarrierPlace& place,
     Access access{Space::kShared, AccessKind::kWrite, load->unit_bytes, pieces.lanes,
                   pieces.address};
     access.async_proxy = true;
+    // A reduction is a relaxed atomic operation: others may be under way on the same bytes.
+    if (load->combine) access.kind = AccessKind::kAtomic;
+    LaneMask valid = 0;
     Checker& checker = checker_of(warp);
-    LaneMask good = 0, valid = 0;
-    if (load->combine) {
-      // A relaxed atomic operation: others may be under way on the same bytes.
-      access.kind = AccessKind::kAtomic;
-      access.relaxed = true;
-      good = checker.access(warp, instr, access, stored, &valid);
-    } else {
-      good = checker.begin_async(warp, instr, access);
-    }
+    const LaneMask good = load->combine ? checker.access(warp, instr, access, stored, &valid)
+                                        : checker.begin_async(warp, instr, access);
     for (std::size_t i = 0; i < count; ++i) units[first + i].skip |= (good >> i & 1) == 0;
   });
   barrier->in_flight.push_back(std::move(load));

@@ -70,11 +70,4 @@ inline void accumulate(const float* a, const __m256* rows, float* d) {
   }
 }
 
-template <int kRows, int kChunks, int kWidth>
-inline void multiply(const float* a, const float* b, float* d) {
-  __m256 rows[kChunks * kWidth];
-  to_rows<kChunks, kWidth>(b, rows);
-  accumulate<kRows, kChunks, kWidth>(a, rows, d);
-}
-
 }  // namespace fused_peft::sim
