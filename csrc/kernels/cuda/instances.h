@@ -8,6 +8,7 @@
 #include "kernels/cuda/lora_decode_sm80.cuh"
 #include "kernels/cuda/lora_down_sm80.cuh"
 #include "kernels/cuda/lora_linear_config.h"
+#include "kernels/lora_linear.h"
 
 namespace fused_peft::cuda {
 
@@ -27,6 +28,11 @@ Status launch_gemm(const GemmVariant& variant, const GemmParams& params,
 template <class Element>
 Status launch_gemm_sm90(const GemmVariant& variant, const GemmParams& params,
                         const LaunchContext& context, bool dependent);
+
+// The forward pass in one launch (sm_90a).
+template <class Element>
+Status launch_single(const LoraLinearForward& args, const GemmChoice& choice,
+                     const LaunchContext& context);
 
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>
