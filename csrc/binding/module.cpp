@@ -56,6 +56,7 @@ const char* name_of(cuda::ForwardPath path) {
   switch (path) {
     case cuda::ForwardPath::kDecode: return "decode";
     case cuda::ForwardPath::kFusedDown: return "fused down projection";
+    case cuda::ForwardPath::kSingleLaunch: return "single launch";
     case cuda::ForwardPath::kTwoLaunches: break;
   }
   return "down projection, then GEMM";

@@ -90,10 +90,9 @@ __device__ void mask_accumulators(float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N /
 // Rounds the accumulators (+ bias) once and writes them, 64 columns of a warp's 16 rows at a time:
 // each warp fills its own two buffers in turn and copies them out itself, so no warp waits for
 // another. row0: of the warp's first row. next: which buffer; goes on from tile to tile.
-template <class Element, class Tile>
-__device__ void store_rows(const float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N / 2],
-                           const GemmSm90Params& p, uint32_t buffers, uint32_t& next, int64_t row0,
-                           int64_t n0) {
+template <class Element, class Tile, class Params>
+__device__ void store_rows(const float (&acc)[Tile::kRowBlocks][Tile::BLOCK_N / 2], const Params& p,
+                           uint32_t buffers, uint32_t& next, int64_t row0, int64_t n0) {
   using Traits = ElementTraits<Element>;
   const int lane = threadIdx.x % 32;
   const auto* bias = static_cast<const Element*>(p.bias);

@@ -29,6 +29,11 @@ template <class Element>
 Status launch_gemm_sm90(const GemmVariant& variant, const GemmParams& params,
                         const LaunchContext& context, bool dependent);
 
+// The forward pass in one launch (sm_90a).
+template <class Element>
+Status launch_single(const LoraLinearForward& args, const GemmChoice& choice,
+                     const LaunchContext& context);
+
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>
 Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,

@@ -173,6 +173,10 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
                const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   if (plan.forward == ForwardPath::kDecode) return decode<Element, Factor>(args, plan, context);
+#ifdef FUSED_PEFT_SM90A
+  if (plan.forward == ForwardPath::kSingleLaunch)
+    return launch_single<Element>(args, plan.gemm, context);
+#endif
 
   Workspace workspace(context.workspace);
   const ForwardJob job = plan_forward(p, plan, &workspace);
@@ -403,10 +407,17 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
   shape.aligned =
       aligned16(p.x.data, p.x.row_stride, p.k) && aligned_weight(p) && p.n % kChunk == 0;
   shape.lora_a_aligned = rows_of(p.lora_a, p.r, p.k).aligned;
+  shape.lora_b_aligned = rows_of(p.lora_b, p.n, p.r).aligned;
   return shape;
 }
 
 namespace {
+
+LoraLinearPlan forward_plan(const LoraLinearParams& p, const LaunchContext& context) {
+  LoraLinearShape shape = shape_of(p);
+  shape.single_launch_state = context.single_launch_state != nullptr;
+  return plan_lora_linear(shape, context.device);
+}
 
 LoraLinearPlan backward_plan(const LoraLinearBackward& args, const DeviceFacts& device) {
   const LoraLinearParams& p = args.problem;
@@ -425,9 +436,9 @@ bool supports(const LoraLinearParams& p) {
   return p.r >= 1 && p.r <= kMaxRank && p.n <= kLargest && p.k <= kLargest;
 }
 
-int64_t forward_workspace_bytes(const LoraLinearParams& p, const DeviceFacts& device) {
+int64_t forward_workspace_bytes(const LoraLinearParams& p, const LaunchContext& context) {
   Workspace workspace(nullptr);
-  plan_forward(p, plan_lora_linear(shape_of(p), device), &workspace);
+  plan_forward(p, forward_plan(p, context), &workspace);
   return workspace.used();
 }
 
@@ -441,7 +452,7 @@ Status lora_linear_forward(const LoraLinearForward& args, const LaunchContext& c
   const LoraLinearParams& p = args.problem;
   if (!supports(p)) return Status::kUnsupported;
   if (p.m == 0) return Status::kOk;
-  return dispatch<RunForward>(args, plan_lora_linear(shape_of(p), context.device), context);
+  return dispatch<RunForward>(args, forward_plan(p, context), context);
 }
 
 Status lora_linear_backward(const LoraLinearBackward& args, const LaunchContext& context) {

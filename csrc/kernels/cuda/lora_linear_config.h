@@ -14,13 +14,15 @@ struct LoraLinearShape {
   bool dropout = false;
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
   bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
-  bool lora_a_aligned = true;  // and those of lora_a
+  bool lora_a_aligned = true, lora_b_aligned = true;  // and theirs
+  bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
 };
 
 enum class ForwardPath : int32_t {
   kDecode = 0,     // one launch, W streamed once
   kFusedDown = 1,  // one launch, every CTA forms its own rows of s
   kTwoLaunches = 2,
+  kSingleLaunch = 3,  // sm_90a: the first column of tiles forms s for the others
 };
 
 constexpr int64_t kDecodeMaxTokens = 16;
@@ -28,6 +30,8 @@ constexpr int kDecodeColumns = 32;  // of a CTA of the sm_80 decode kernel
 constexpr int64_t kFusedMaxRank =
     64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
+constexpr int64_t kSingleLaunchRowTiles = 2048;
+constexpr int64_t kSingleLaunchStateBytes = 32 * kSingleLaunchRowTiles + 256;
 
 // Tile of the sm_90 decode kernel: rows of 128 bytes, the widest that TMA swizzles, and as many as
 // keep R / kDecodeBlockN, the share of lora_a in what a CTA reads, under a half.
@@ -128,6 +132,29 @@ constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const Devic
   return choice;
 }
 
+// Tiles of the single launch: cooperative, without clusters, 256 columns where every SM gets one.
+constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFacts& device) {
+  GemmChoice choice;
+  choice.kernel = GemmKernel::kCooperative;
+  choice.block_m = 128;
+  choice.block_n = ceil_div(m, 128) * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
+  choice.tiles = ceil_div(m, 128) * ceil_div(n, choice.block_n);
+  choice.ctas = choice.tiles < device.num_sms ? choice.tiles : device.num_sms;
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, 1);
+  return choice;
+}
+
+// It spares a launch and the second pass over x, about 10 us, but its CTAs share no tiles of b in
+// clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide tiles.
+constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
+  if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
+  if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
+    return false;
+  const int64_t row_tiles = ceil_div(p.m, 128);
+  return row_tiles <= kSingleLaunchRowTiles &&
+         row_tiles * ceil_div(p.n, 256) <= int64_t{4} * device.num_sms;
+}
+
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
   if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return ForwardPath::kTwoLaunches;
   if (p.m <= kDecodeMaxTokens) return ForwardPath::kDecode;
@@ -136,7 +163,7 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
-  return ForwardPath::kTwoLaunches;
+  return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
 }
 
 // How many CTAs share the columns of a decode tile. The sm_80 kernel remains for rows that TMA
@@ -169,8 +196,10 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   plan.forward = choose_forward(p, device);
   plan.forward_launches = plan.forward == ForwardPath::kTwoLaunches ? 2 : 1;
   if (plan.forward == ForwardPath::kDecode) plan.decode = choose_decode(p, device);
-  plan.gemm = plan.forward == ForwardPath::kFusedDown ? choose_gemm(p.m, p.n, false, device)
-                                                      : choose_gemm(p.m, p.n, p.aligned, device);
+  if (plan.forward == ForwardPath::kSingleLaunch)
+    plan.gemm = choose_single_launch(p.m, p.n, device);
+  else
+    plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
   plan.gemm_backward = choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
   plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
