@@ -129,3 +129,21 @@ def test_hopper_main_loops():
         assert smallest.total() < 180, name
         assert not smallest["MEMBAR.ALL.GPU"], name
         assert not any(o.startswith(("LDS", "LDG", "STS")) for o in smallest), name
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+def test_decode_streams_by_tensor_copies():
+    found = 0
+    for name, lines in machine_code("90").items():
+        if "lora_decode_sm90" not in name:
+            continue
+        found += 1
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        # W, x and lora_a, in float32 by eight panels.
+        assert opcodes["UTMALDG.2D"] == (10 if "fLi" in name else 3), name
+        assert opcodes["UCGABAR_ARV"] == opcodes["UCGABAR_WAIT"] == 2, name
+        main = [loop for loop in loops(lines) if any(o.startswith("HMMA") for o in loop)]
+        smallest = min(main, key=lambda loop: loop.total())
+        assert smallest["LDSM.16.M88.4"] == 9, name
+        assert not any(o.startswith(("LDG", "STS", "MEMBAR")) for o in smallest), name
+    assert found == 8  # two types, two of factors, two ranks

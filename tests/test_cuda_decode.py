@@ -232,13 +232,14 @@ FAULTS = {
         RING_FREE, "", "__syncwarp();\n    __syncthreads();", "__syncwarp();"),
     "no cluster barrier before peers are read": (
         "ptx::cluster_arrive();\n", "__syncthreads();\n", "ptx::cluster_wait();\n", ""),
-    "exit before a peer has read": (
-        "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
+    "arrival before the peers are read": (
+        "ptx::cluster_wait();\n", "ptx::cluster_wait();\n  ptx::cluster_arrive();\n",
+        "ptx::cluster_arrive();  // this CTA has read its peers' memory", ""),
+    "exit before a peer has read": ("ptx::cluster_wait();  // until they have read this one's", ""),
     "one rank's sums lost": ("rank = 1; rank < ranks", "rank = 2; rank < ranks"),
     "one k16 step of s lost": ("part = 1; part < Tile::kSteps", "part = 2; part < Tile::kSteps"),
     "no barrier between s and its use": (
-        "if (blockIdx.x == 0) p.s[i] = s;\n  }\n  __syncthreads();",
-        "if (blockIdx.x == 0) p.s[i] = s;\n  }"),
+        "__syncthreads();\n  ptx::cluster_arrive();  //", "ptx::cluster_arrive();  //"),
     "columns beyond N written": ("if (n >= p.n) continue;", ""),
     "every rank the same k-blocks": (
         "int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks",

@@ -44,6 +44,7 @@ struct DecodeTile {
   static constexpr int kConsumers = 8;  // warps; one more is the producer
   static constexpr int kThreads = 32 * (kConsumers + 1);
   static constexpr int kWarpColumns = kBlockN / kConsumers;
+  static_assert(kWarpColumns == 16, "one b fragment");
   static constexpr int kXOffset = kBlockN * kBlockK * 2;
   static constexpr int kFactorOffset = kXOffset + kSkinnyRows * kBlockK * 2;
   static constexpr int kPanelColumns = sizeof(Factor) == 4 ? kChunk : kBlockK;
@@ -65,8 +66,9 @@ struct DecodeTile {
   static constexpr int kY = 0;                                  // own sums of y
   static constexpr int kS = kY + kSkinnyRows * kYRow;           // own sums of s
   static constexpr int kParts = kS + kSkinnyRows * kSRow;       // the same, one for each k16 step
-  static constexpr int kTotal = kParts + kSteps * kSkinnyRows * kSRow;  // the cluster's s, scaled
-  static constexpr int kUp = kTotal + kSkinnyRows * kSRow;              // own rows of lora_b
+  static constexpr int kTotalS = kParts + kSteps * kSkinnyRows * kSRow;  // the cluster's, scaled
+  static constexpr int kTotalY = kTotalS + kSkinnyRows * kSRow;  // the cluster's, own columns
+  static constexpr int kUp = kTotalY + kSkinnyRows * kBlockN;    // own rows of lora_b
   static constexpr int kUpRow = kRank + 1;
   static_assert((kUp + kBlockN * kUpRow) * 4 <= kRingBytes);
   static_assert(kBlockK == kSwizzledColumns);
@@ -138,6 +140,11 @@ __device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned c
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int step = warp % Tile::kSteps, first_rank = warp / Tile::kSteps * Tile::kRankPart;
   const int ranks = ptx::cluster_cta_count();
+  // 16 further k are 32 further bytes in a row of 128, whose chunks the swizzle permutes by an
+  // exclusive or: so do these.
+  constexpr int kStepBytes = 16 * 2;
+  const uint32_t x_tile = Tile::kXOffset + a_fragment<Tile::kBlockK>(0, 0, lane);
+  const uint32_t weight_tile = b_fragment<Tile::kBlockK>(warp * Tile::kWarpColumns, 0, lane);
   float y_acc[Tile::kWarpColumns / 8][4] = {}, s_acc[Tile::kRankPart / 8][4] = {};
   int slot = 0;
   uint32_t phase = 0;
@@ -148,18 +155,14 @@ __device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned c
     ptx::mbarrier_wait(full + slot * 8, phase);
     uint32_t a[4];
 #pragma unroll
-    for (int k = 0; k < Tile::kBlockK; k += 16) {
-      ptx::ldmatrix_x4(a, stage + Tile::kXOffset + a_fragment<Tile::kBlockK>(0, k, lane));
-#pragma unroll
-      for (int pair = 0; pair < Tile::kWarpColumns / 16; ++pair) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(
-            b, stage + b_fragment<Tile::kBlockK>(warp * Tile::kWarpColumns + pair * 16, k, lane));
-        mma16<Element>(y_acc[2 * pair], a, b[0], b[1]);
-        mma16<Element>(y_acc[2 * pair + 1], a, b[2], b[3]);
-      }
+    for (int k = 0; k < Tile::kSteps; ++k) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(a, (stage + x_tile) ^ (k * kStepBytes));
+      ptx::ldmatrix_x4(b, (stage + weight_tile) ^ (k * kStepBytes));
+      mma16<Element>(y_acc[0], a, b[0], b[1]);
+      mma16<Element>(y_acc[1], a, b[2], b[3]);
     }
-    ptx::ldmatrix_x4(a, stage + Tile::kXOffset + a_fragment<Tile::kBlockK>(0, step * 16, lane));
+    ptx::ldmatrix_x4(a, (stage + x_tile) ^ (step * kStepBytes));
     multiply_factor<Element, Factor, kRank>(s_acc, a, factor_tile, step, first_rank, p.r, lane);
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);
@@ -216,22 +219,27 @@ __device__ inline void finish_columns(const LoraDecodeSm90Params& p, float* sums
   ptx::cluster_wait();
   for (int i = threadIdx.x; i < p.m * p.r; i += Tile::kThreads) {
     const int at = i / p.r * Tile::kSRow + i % p.r;
-    const float s = scaled(add_ranks(sums + Tile::kS + at), p.scaling);
-    sums[Tile::kTotal + at] = s;
-    if (blockIdx.x == 0) p.s[i] = s;
+    sums[Tile::kTotalS + at] = scaled(add_ranks(sums + Tile::kS + at), p.scaling);
   }
+  for (int i = threadIdx.x; i < p.m * columns; i += Tile::kThreads)
+    sums[Tile::kTotalY + i] =
+        add_ranks(sums + Tile::kY + i / columns * Tile::kYRow + first + i % columns);
   __syncthreads();
+  ptx::cluster_arrive();  // this CTA has read its peers' memory
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < p.m * p.r; i += Tile::kThreads)
+      p.s[i] = sums[Tile::kTotalS + i / p.r * Tile::kSRow + i % p.r];
   for (int i = threadIdx.x; i < p.m * columns; i += Tile::kThreads) {
     const int row = i / columns, column = i % columns, n = n0 + first + column;
     if (n >= p.n) continue;
-    float sum = add_ranks(sums + Tile::kY + row * Tile::kYRow + first + column);
-    const float* s = sums + Tile::kTotal + row * Tile::kSRow;
+    float sum = sums[Tile::kTotalY + i];
+    const float* s = sums + Tile::kTotalS + row * Tile::kSRow;
     const float* up = sums + Tile::kUp + column * Tile::kUpRow;
     for (int j = 0; j < p.r; ++j) sum += s[j] * up[j];
     if (p.bias) sum += Traits::to_float(static_cast<const Element*>(p.bias)[n]);
     static_cast<Element*>(p.y)[row * p.y_stride + n] = Traits::from_float(sum);
   }
-  ptx::cluster_sync();  // until no CTA reads this one's memory any more
+  ptx::cluster_wait();  // until they have read this one's
 }
 
 #endif
