@@ -22,3 +22,17 @@ def lora_linear_plan(
     shared_per_block: int,
     major: int,
 ) -> dict[str, Any]: ...
+def prefix_attention_plan(
+    batch: int,
+    q_heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    prefix: int,
+    head_dim: int,
+    shared_prefix: bool = True,
+    *,
+    num_sms: int,
+    shared_per_block: int,
+    major: int,
+) -> dict[str, Any]: ...

@@ -14,6 +14,11 @@ ISAS = _C.available_cpu_isas()
 SIMULATED_CUDA = "simulated-cuda"
 BACKENDS = [*ISAS, *([SIMULATED_CUDA] if simulator.has_kernels() else [])]
 
+# What a launch plan depends on.
+H100 = {"num_sms": 132, "shared_per_block": 227 * 1024, "major": 9}
+A100 = {"num_sms": 108, "shared_per_block": 163 * 1024, "major": 8}
+RTX4090 = {"num_sms": 128, "shared_per_block": 99 * 1024, "major": 8}
+
 
 @contextlib.contextmanager
 def forced(isa: str) -> Iterator[None]:

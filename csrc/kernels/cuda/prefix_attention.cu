@@ -20,10 +20,13 @@ float* take_floats(Workspace* workspace, int64_t count) {
 
 void place(AttentionForwardParams* args, const PrefixAttentionPlan& plan, Workspace* workspace) {
   args->query_tiles = static_cast<int32_t>(plan.query_tiles);
+  args->cascade_tiles = static_cast<int32_t>(plan.cascade_tiles);
   args->key_splits = plan.key_splits;
-  if (plan.key_splits == 1) return;
+  args->cascade_splits = plan.cascade_splits;
+  const int32_t parts = plan.key_splits + plan.cascade_splits;
+  if (parts == 1) return;
   const PrefixAttentionParams& p = args->problem;
-  const int64_t rows = plan.key_splits * p.batch * p.q_heads * p.queries;
+  const int64_t rows = parts * p.batch * p.q_heads * p.queries;
   args->part_out = take_floats(workspace, rows * p.head_dim);
   args->part_lse = take_floats(workspace, rows);
 }
@@ -93,6 +96,7 @@ Status prefix_attention_forward(const PrefixAttentionForward& args, const Launch
   params.problem = p;
   params.out = args.out;
   params.lse = static_cast<float*>(args.lse);
+  params.scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   Workspace workspace(context.workspace);
   place(&params, plan, &workspace);
   return p.dtype == DType::kBFloat16

@@ -10,7 +10,7 @@ Status launch_dkv(const PrefixAttentionPlan& plan, const AttentionBackwardParams
                   const LaunchContext& context) {
   return launch(attention_dkv_kernel<Element, kHead, kWantK, kWantV>,
                 dim3(static_cast<unsigned>(plan.dkv_ctas)), kAttentionThreads,
-                AttentionDkv<kHead, kWantK, kWantV>::kSharedBytes, context, false, params);
+                AttentionDkv<kHead>::kSharedBytes, context, false, params);
 }
 
 template <class Element, int kHead>
@@ -19,7 +19,7 @@ Status launch_key_gradients(const PrefixAttentionPlan& plan, const AttentionBack
   const bool want_k = params.dk.data || params.dprefix_k.data;
   const bool want_v = params.dv.data || params.dprefix_v.data;
   if (plan.dkv_ctas == 0 || (!want_k && !want_v)) return Status::kOk;
-  if constexpr (kHead <= 128) {
+  if constexpr (!dkv_in_two_launches(kHead)) {
     return launch_dkv<Element, kHead, true, true>(plan, params, context);
   } else {
     Status status = Status::kOk;

@@ -3,6 +3,17 @@
 #include "kernels/cuda/prefix_attention_instances.h"
 
 namespace fused_peft::cuda {
+namespace {
+
+template <class Element, int kHead, int kRowBlocks, bool kPacked>
+Status launch_query_tiles(const PrefixAttentionPlan& plan, const AttentionForwardParams& params,
+                          const LaunchContext& context) {
+  return launch(attention_forward_kernel<Element, kHead, kRowBlocks, kPacked>,
+                dim3(static_cast<unsigned>(plan.forward_ctas)), kAttentionThreads,
+                AttentionForward<kHead, kRowBlocks>::kSharedBytes, context, false, params);
+}
+
+}  // namespace
 
 template <class Element>
 Status launch_attention_forward(const PrefixAttentionPlan& plan,
@@ -10,12 +21,13 @@ Status launch_attention_forward(const PrefixAttentionPlan& plan,
                                 const LaunchContext& context) {
   const Status status = with_head_tile(plan.head, [&](auto tile) {
     constexpr int kHead = decltype(tile)::kHead;
-    return launch(plan.decode ? attention_forward_kernel<Element, kHead, true>
-                              : attention_forward_kernel<Element, kHead, false>,
-                  dim3(static_cast<unsigned>(plan.forward_ctas)), kAttentionThreads,
-                  AttentionForward<kHead>::kSharedBytes, context, false, params);
+    if (plan.decode) return launch_query_tiles<Element, kHead, 1, true>(plan, params, context);
+    if constexpr (has_wide_rows(kHead))
+      if (plan.query_rows == kAttentionWideRows)
+        return launch_query_tiles<Element, kHead, 2, false>(plan, params, context);
+    return launch_query_tiles<Element, kHead, 1, false>(plan, params, context);
   });
-  if (status != Status::kOk || plan.key_splits == 1) return status;
+  if (status != Status::kOk || !params.part_out) return status;
   const PrefixAttentionParams& p = params.problem;
   return launch(attention_combine_kernel<Element>,
                 dim3(static_cast<unsigned>(

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/prefix_attention_backward_sm80.cuh"
+#include "kernels/cuda/prefix_attention_dkv_sm80.cuh"
+#include "kernels/cuda/prefix_attention_dq_sm80.cuh"
 #include "kernels/cuda/prefix_attention_forward_sm80.cuh"
 
 namespace fused_peft::cuda {

@@ -1,8 +1,9 @@
 // What the kernels of prefix attention share: which keys a query sees, tiles of rows and where they
 // lie, warp products on them.
 //
-// A CTA has four warps. Each owns 16 rows of the left operand and loops over tiles of the right
-// one; scores of 16 rows become the next product's left operand in registers.
+// A CTA has four warps. Each owns one or two blocks of 16 rows of the left operand and loops over
+// tiles of the right one; the scores of its rows become the next product's left operand in
+// registers.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include "kernels/cuda/prefix_attention_config.h"
 #include "kernels/cuda/tile.cuh"
 #include "kernels/prefix_attention.h"
+#include "kernels/ptx/exp2.cuh"
 #include "kernels/ptx/store.cuh"
 
 namespace fused_peft::cuda {
@@ -20,7 +22,6 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- visibility
-// ----------------------------------------------------------------------------------
 
 struct Range {
   int32_t lo, hi;  // [lo, hi)
@@ -78,8 +79,36 @@ struct BatchRow {
   }
 };
 
+// Of a range of queries (or keys): the keys (or queries) that some of them see (are seen by), and
+// those that all of them do.
+struct Visible {
+  Range some = {0, 0}, all = {0, 0};
+  // Whether nothing of [begin, end) is seen by any, or all of it by all.
+  __device__ bool none(int32_t begin, int32_t end) const {
+    return begin >= some.hi || end <= some.lo;
+  }
+  __device__ bool whole(int32_t begin, int32_t end) const {
+    return begin >= all.lo && end <= all.hi;
+  }
+};
+
+__device__ inline Visible keys_seen(const BatchRow& batch, Range queries) {
+  const Range first = batch.keys_of_query(queries.lo), last = batch.keys_of_query(queries.hi - 1);
+  Visible keys = {{first.lo, last.hi}, {last.lo, first.hi}};
+  if (batch.mask) keys.all = {0, 0};
+  return keys;
+}
+
+__device__ inline Visible queries_seeing(const BatchRow& batch, Range keys) {
+  const int32_t end = keys.hi < batch.keys ? keys.hi : batch.keys;
+  if (keys.lo >= end) return {};
+  const Range first = batch.queries_of_key(keys.lo), last = batch.queries_of_key(end - 1);
+  Visible queries = {{first.lo, last.hi}, {last.lo, first.hi}};
+  if (batch.mask || end < keys.hi) queries.all = {0, 0};
+  return queries;
+}
+
 // ---- tiles of rows
-// ---------------------------------------------------------------------------------
 
 // A tile [rows][kCols] of which kHead columns are used; kCols is a power of two.
 template <int kHead_>
@@ -92,22 +121,42 @@ struct HeadTile {
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 };
 
+// A thread copies one chunk of every kStep-th row of a tile.
+template <class Tile>
+struct RowCopy {
+  static constexpr int kChunks = Tile::kCols / kChunk, kStep = kAttentionThreads / kChunks;
+  __device__ static int row() { return static_cast<int>(threadIdx.x) / kChunks; }
+  __device__ static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+
+  // The thread's first chunk of [rows, D].
+  template <class Element>
+  __device__ static const Element* first(const Element* rows, int64_t row_stride) {
+    return rows + row() * row_stride + chunk() * kChunk;
+  }
+  // Rows that exist from the thread's first one on, of `rows`; none beyond D.
+  __device__ static int32_t left(int32_t rows, int32_t head_dim) {
+    return chunk() * kChunk < head_dim ? rows - row() : 0;
+  }
+  // Fills the next kRows rows, with zeros from `left` on; moves `from` behind them.
+  template <int kRows, class Element>
+  __device__ static void fill(uint32_t tile, const Element*& from, int64_t row_stride,
+                              int32_t left) {
+    if (chunk() * kChunk >= Tile::kHead) return;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      ptx::cp_async_16(tile + tile_offset<Tile::kCols>(row() + i * kStep, chunk()), from,
+                       i * kStep < left);
+      from += kStep * row_stride;
+    }
+  }
+};
+
 // Copies rows [0, valid) of [rows, D] to a tile, zeros for the others and beyond D.
 template <class Element, class Tile, int kRows>
 __device__ inline void fill_rows(uint32_t tile, const Element* rows, int64_t row_stride,
                                  int32_t valid, int32_t head_dim) {
-  constexpr int kChunks = Tile::kCols / kChunk, kStep = kAttentionThreads / kChunks;
-  const int row = static_cast<int>(threadIdx.x) / kChunks;
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-  if (chunk * kChunk >= Tile::kHead) return;
-  if (chunk * kChunk >= head_dim) valid = 0;
-  const Element* from = rows + row * row_stride + chunk * kChunk;
-#pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i) {
-    const bool present = row + i * kStep < valid;
-    ptx::cp_async_16(tile + tile_offset<Tile::kCols>(row + i * kStep, chunk),
-                     present ? from + i * kStep * row_stride : rows, present);
-  }
+  const Element* from = RowCopy<Tile>::first(rows, row_stride);
+  RowCopy<Tile>::template fill<kRows>(tile, from, row_stride, RowCopy<Tile>::left(valid, head_dim));
 }
 
 template <class Element>
@@ -116,24 +165,18 @@ __device__ inline const Element* head_rows(const HeadsView& view, int64_t b, int
          i * view.row_stride;
 }
 
-// The tiles of keys that a CTA visits: those of the prefix, then those of the sequence that any of
-// its queries sees.
-template <class Element, int kKeys>
+// The tiles of keys that a CTA visits, in order: those of the prefix, then those of the sequence
+// that any of its queries sees.
+template <class Element, class Tile, int kKeys>
 struct KeyTiles {
-  const Element *k, *v, *prefix_k, *prefix_v;
-  int64_t k_stride, v_stride, prefix_k_stride, prefix_v_stride;
   int32_t prefix, prefix_tiles, first_key, end_key, count;
+  // Of the tile that is filled next: this thread's chunks, and its rows that exist from there on.
+  const Element *k = nullptr, *v = nullptr;
+  int32_t left = 0;
 
-  __device__ KeyTiles(const PrefixAttentionParams& p, int32_t b, int32_t kv_head, Range keys)
-      : k(head_rows<Element>(p.k, b, kv_head, 0)),
-        v(head_rows<Element>(p.v, b, kv_head, 0)),
-        prefix_k(head_rows<Element>(p.prefix_k, b, kv_head, 0)),
-        prefix_v(head_rows<Element>(p.prefix_v, b, kv_head, 0)),
-        k_stride(p.k.row_stride),
-        v_stride(p.v.row_stride),
-        prefix_k_stride(p.prefix_k.row_stride),
-        prefix_v_stride(p.prefix_v.row_stride),
-        prefix(static_cast<int32_t>(p.prefix)),
+  // keys: of the sequence.
+  __device__ KeyTiles(int64_t prefix_keys, Range keys)
+      : prefix(static_cast<int32_t>(prefix_keys)),
         prefix_tiles((prefix + kKeys - 1) / kKeys),
         first_key(keys.lo / kKeys * kKeys),
         end_key(keys.hi) {
@@ -147,22 +190,28 @@ struct KeyTiles {
     return in_prefix(tile) ? tile * kKeys : first_key + (tile - prefix_tiles) * kKeys;
   }
 
-  template <class Tile>
-  __device__ void fill(uint32_t k_tile, uint32_t v_tile, int32_t tile, int32_t head_dim) const {
+  // The next fill is of `tile`.
+  __device__ void seek(const PrefixAttentionParams& p, int32_t b, int32_t kv_head, int32_t tile) {
     const bool before = in_prefix(tile);
-    const int64_t first = key(tile);
-    const int32_t valid = (before ? prefix : end_key) - static_cast<int32_t>(first);
-    const int64_t ks = before ? prefix_k_stride : k_stride;
-    const int64_t vs = before ? prefix_v_stride : v_stride;
-    fill_rows<Element, Tile, kKeys>(k_tile, (before ? prefix_k : k) + first * ks, ks, valid,
-                                    head_dim);
-    fill_rows<Element, Tile, kKeys>(v_tile, (before ? prefix_v : v) + first * vs, vs, valid,
-                                    head_dim);
+    const HeadsView& keys = before ? p.prefix_k : p.k;
+    const HeadsView& values = before ? p.prefix_v : p.v;
+    const int32_t at = key(tile);
+    left = RowCopy<Tile>::left((before ? prefix : end_key) - at, static_cast<int32_t>(p.head_dim));
+    k = RowCopy<Tile>::first(head_rows<Element>(keys, b, kv_head, at), keys.row_stride);
+    v = RowCopy<Tile>::first(head_rows<Element>(values, b, kv_head, at), values.row_stride);
+  }
+
+  __device__ void fill_next(const PrefixAttentionParams& p, int32_t tile, uint32_t k_tile,
+                            uint32_t v_tile) {
+    // Strides are read again rather than kept in registers.
+    const bool before = in_prefix(tile);
+    RowCopy<Tile>::template fill<kKeys>(k_tile, k, (before ? p.prefix_k : p.k).row_stride, left);
+    RowCopy<Tile>::template fill<kKeys>(v_tile, v, (before ? p.prefix_v : p.v).row_stride, left);
+    left -= kKeys;
   }
 };
 
 // ---- products of one warp
-// --------------------------------------------------------------------------
 
 // Byte offsets of a lane's row in a fragment at column 0. A step of 16 columns flips bits 5 and up
 // of the offset, 16 rows add 16 row lengths: see tile_offset.
@@ -174,77 +223,99 @@ struct LaneOffsets {
       : columns(b_fragment<Tile::kCols>(0, 0, lane)), rows(a_fragment<Tile::kCols>(0, 0, lane)) {}
 };
 
-// The left operand of a product over D: 16 rows, in registers or read from their tile at each step.
-template <class Tile, bool kInRegisters>
+// The left operand of a product over D: blocks of 16 rows, in registers or read from their tile at
+// each step.
+template <class Tile, bool kInRegisters, int kRowBlocks = 1>
 struct LeftRows {
-  uint32_t fragment[kInRegisters ? Tile::kSteps : 1][4];
+  uint32_t fragment[kInRegisters ? kRowBlocks * Tile::kSteps : 1][4];
   uint32_t base, offset;
 
-  // tile: of the warp's 16 rows.
+  // tile: of the warp's rows.
   __device__ void load(uint32_t tile, const LaneOffsets<Tile>& lane) {
     base = tile;
     offset = lane.rows;
-    if (kInRegisters) {
+    if constexpr (kInRegisters) {
 #pragma unroll
-      for (int step = 0; step < Tile::kSteps; ++step)
-        ptx::ldmatrix_x4(fragment[step], base + (offset ^ (step * 32)));
+      for (int i = 0; i < kRowBlocks * Tile::kSteps; ++i)
+        read(i / Tile::kSteps, i % Tile::kSteps, fragment[i]);
     }
   }
-  __device__ void at(int step, uint32_t (&a)[4]) const {
-    if (kInRegisters) {
+  __device__ void at(int block, int step, uint32_t (&a)[4]) const {
+    if constexpr (kInRegisters) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = fragment[kInRegisters ? step : 0][i];
+      for (int i = 0; i < 4; ++i) a[i] = fragment[block * Tile::kSteps + step][i];
     } else {
-      ptx::ldmatrix_x4(a, base + (offset ^ (step * 32)));
+      read(block, step, a);
     }
+  }
+
+ private:
+  __device__ void read(int block, int step, uint32_t (&a)[4]) const {
+    ptx::ldmatrix_x4(a, base + (offset ^ (step * 32)) + block * Tile::bytes(16));
   }
 };
 
-// acc [16, kColumns] += left (16 rows of D) times the rows of a tile [kColumns][D], transposed.
-template <class Element, class Tile, int kColumns, bool kInRegisters>
-__device__ inline void multiply_rows(float (&acc)[kColumns / 8][4],
-                                     const LeftRows<Tile, kInRegisters>& left, uint32_t tile,
-                                     const LaneOffsets<Tile>& lane) {
-#pragma unroll
+// acc += left (blocks of 16 rows of D) times the rows of a tile [kColumns][D], transposed. Block
+// r's accumulators begin at acc[r * kColumns / 8].
+template <class Element, class Tile, int kColumns, bool kInRegisters, int kRowBlocks>
+__device__ inline void multiply_rows(float (&acc)[kRowBlocks * kColumns / 8][4],
+                                     const LeftRows<Tile, kInRegisters, kRowBlocks>& left,
+                                     uint32_t tile, const LaneOffsets<Tile>& lane) {
+  // Rolled for the widest heads, whose accumulators leave no registers for early loads.
+  constexpr int kUnroll = kInRegisters || Tile::kSteps <= 6 ? Tile::kSteps : 4;
+#pragma unroll kUnroll
   for (int step = 0; step < Tile::kSteps; ++step) {
-    uint32_t a[4];
-    left.at(step, a);
+    uint32_t a[kRowBlocks][4];
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; ++r) left.at(r, step, a[r]);
 #pragma unroll
     for (int pair = 0; pair < kColumns / 16; ++pair) {
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, tile + (lane.columns ^ (step * 32)) + pair * 16 * Tile::kRowBytes);
-      mma16<Element>(acc[2 * pair], a, b[0], b[1]);
-      mma16<Element>(acc[2 * pair + 1], a, b[2], b[3]);
+      ptx::ldmatrix_x4(b, tile + (lane.columns ^ (step * 32)) + pair * Tile::bytes(16));
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        const int at = r * (kColumns / 8) + 2 * pair;
+        mma16<Element>(acc[at], a[r], b[0], b[1]);
+        mma16<Element>(acc[at + 1], a[r], b[2], b[3]);
+      }
     }
   }
 }
 
-// acc [16, D] += weights [16, kColumns], rounded to Element, times a tile [kColumns][D].
-template <class Element, class Tile, int kColumns>
-__device__ inline void multiply_weights(float (&acc)[Tile::kHead / 8][4],
-                                        const float (&weights)[kColumns / 8][4], uint32_t tile,
-                                        const LaneOffsets<Tile>& lane) {
+// acc += weights [16, kColumns] of each block, rounded to Element, times a tile [kColumns][D].
+template <class Element, class Tile, int kColumns, int kRowBlocks = 1>
+__device__ inline void multiply_weights(float (&acc)[kRowBlocks * Tile::kHead / 8][4],
+                                        const float (&weights)[kRowBlocks * kColumns / 8][4],
+                                        uint32_t tile, const LaneOffsets<Tile>& lane) {
   using Traits = ElementTraits<Element>;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
-    const float (&left)[4] = weights[2 * k];
-    const float (&right)[4] = weights[2 * k + 1];
-    const uint32_t a[4] = {Traits::pack(left[0], left[1]), Traits::pack(left[2], left[3]),
-                           Traits::pack(right[0], right[1]), Traits::pack(right[2], right[3])};
+    uint32_t a[kRowBlocks][4];
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&block)[4] = weights[r * (kColumns / 8) + 2 * k + i / 2];
+        a[r][i] = Traits::pack(block[i % 2 * 2], block[i % 2 * 2 + 1]);
+      }
 #pragma unroll
     for (int pair = 0; pair < Tile::kSteps; ++pair) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, tile + (lane.rows ^ (pair * 32)) + k * 16 * Tile::kRowBytes);
-      mma16<Element>(acc[2 * pair], a, b[0], b[1]);
-      mma16<Element>(acc[2 * pair + 1], a, b[2], b[3]);
+      ptx::ldmatrix_x4_trans(b, tile + (lane.rows ^ (pair * 32)) + k * Tile::bytes(16));
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        const int at = r * (Tile::kHead / 8) + 2 * pair;
+        mma16<Element>(acc[at], a[r], b[0], b[1]);
+        mma16<Element>(acc[at + 1], a[r], b[2], b[3]);
+      }
     }
   }
 }
 
-// Rounds a warp's 16 rows into a tile of its own.
+// Rounds 16 rows [kHead / 8] of accumulators into a tile of their warp's own.
 template <class Element, class Tile>
-__device__ inline void round_rows(unsigned char* tile, const float (&acc)[Tile::kHead / 8][4],
-                                  float upper, float lower, int lane) {
+__device__ inline void round_rows(unsigned char* tile, const float (*acc)[4], float upper,
+                                  float lower, int lane) {
   using Traits = ElementTraits<Element>;
   __syncwarp();
 #pragma unroll
