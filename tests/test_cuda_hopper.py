@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from backends import SIMULATED_CUDA, forced, relative_error
+from backends import H100, SIMULATED_CUDA, forced, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_lora_ops import assert_no_worse_than_torch, exact, make, run
@@ -20,8 +20,6 @@ pytestmark = pytest.mark.skipif(
     not simulator.has_kernels() or "90" not in _C.build_info()["cuda_architectures"],
     reason="no CUDA kernels for sm_90 were built",
 )
-
-H100 = {"num_sms": 132, "shared_per_block": 227 * 1024, "major": 9}
 
 
 def plan_on(num_sms, shape, **options):

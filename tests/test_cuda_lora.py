@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from backends import A100, H100, SIMULATED_CUDA, forced, relative_error
+from backends import A100, H100, RTX4090, SIMULATED_CUDA, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2 import two_layers_of_smollm2
