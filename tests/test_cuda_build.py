@@ -92,7 +92,7 @@ def test_main_loops(architecture):
         opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
         assert not any(o.startswith(("LDL", "STL")) for o in opcodes), name
         parts = ("gemm_dual", "x_pass", "dy_pass", "forward_kernel", "dq_kernel", "dkv_kernel")
-        if not any(part in name for part in parts):
+        if "sm90" in name or not any(part in name for part in parts):
             continue
         # The loop that both copies and multiplies.
         main = [
@@ -108,3 +108,38 @@ def test_main_loops(architecture):
             tiled += 1
             assert any(o.startswith("STG.E.128") for o in opcodes), name
     assert tiled >= 40
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+def test_hopper_main_loops():
+    gemms = {name: lines for name, lines in machine_code("90").items() if "gemm_dual_sm90" in name}
+    assert len(gemms) == 24  # two types, three tiles, two layouts of b, with a mask and without
+    for name, lines in gemms.items():
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        for opcode in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "ACQBULK"):
+            assert opcodes[opcode], (name, opcode)
+        # The innermost loop that multiplies whole tiles of k: four steps and at most the loop of
+        # one step for the last tile, and no fence of the whole device.
+        main = [loop for loop in loops(lines) if sum(loop[o] for o in loop if "HGMMA" in o) >= 4]
+        smallest = min(main, key=lambda loop: loop.total())
+        assert smallest.total() < 180, name
+        assert not smallest["MEMBAR.ALL.GPU"], name
+        assert not any(o.startswith(("LDS", "LDG", "STS")) for o in smallest), name
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+def test_decode_streams_by_tensor_copies():
+    found = 0
+    for name, lines in machine_code("90").items():
+        if "lora_decode_sm90" not in name:
+            continue
+        found += 1
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        # W, x and lora_a, in float32 by eight panels.
+        assert opcodes["UTMALDG.2D"] == (10 if "fLi" in name else 3), name
+        assert opcodes["UCGABAR_ARV"] == opcodes["UCGABAR_WAIT"] == 2, name
+        main = [loop for loop in loops(lines) if any(o.startswith("HMMA") for o in loop)]
+        smallest = min(main, key=lambda loop: loop.total())
+        assert smallest["LDSM.16.M88.4"] == 9, name
+        assert not any(o.startswith(("LDG", "STS", "MEMBAR")) for o in smallest), name
+    assert found == 8  # two types, two of factors, two ranks

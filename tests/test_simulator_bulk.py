@@ -86,10 +86,12 @@ def test_a_source_overwritten_before_the_group_is_done():
     assert out.tolist() == [77] * 64
 
 
-def test_groups_complete_in_order():
-    """wait_group 1 leaves the last group alone: its source may still change."""
+@pytest.mark.parametrize(("half", "seen"), [("lt", [*range(64)]), ("ge", [*range(32), *[77] * 32])])
+def test_groups_complete_in_order(half, seen):
+    """wait_group 1 waits for the first of two groups, whose source may change then, and leaves the
+    last one alone: with late data a change of its source is seen."""
     out = np.zeros(64, np.uint32)
-    body = """
+    body = f"""
   st.shared.u32 [%r8], %t;
   fence.proxy.async;
   bar.sync 0;
@@ -100,11 +102,35 @@ def test_groups_complete_in_order():
   @%p0 cp.async.bulk.commit_group;
   @%p0 cp.async.bulk.wait_group.read 1;
   bar.sync 0;
-  setp.lt.u32 %p1, %t, 32;
+  setp.{half}.u32 %p1, %t, 32;
   @%p1 st.shared.u32 [%r8], 77;
+  fence.proxy.async;
+  bar.sync 0;
   @%p0 cp.async.bulk.wait_group 0;"""
-    assert launch(ptx(body, "out"), 1, 64, out, async_timing="late") == []
-    assert out.tolist() == list(range(64))
+    findings = launch(ptx(body, "out"), 1, 64, out, async_timing="late")
+    assert out.tolist() == seen
+    assert half == "ge" or findings == []
+
+
+def test_groups_are_a_threads_own():
+    """Another lane waits for its own groups, of which there are none: the copy is still to come."""
+    out = np.zeros(64, np.uint32)
+    body = """
+  setp.eq.u32 %p1, %t, 1;
+  st.shared.u32 [%r8], %t;
+  fence.proxy.async;
+  bar.sync 0;
+  @%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r11], 256;
+  @%p0 cp.async.bulk.commit_group;
+  @%p1 cp.async.bulk.commit_group;
+  @%p1 cp.async.bulk.wait_group 0;
+  bar.sync 0;
+  st.shared.u32 [%r8], 77;
+  fence.proxy.async;
+  bar.sync 0;
+  @%p0 cp.async.bulk.wait_group 0;"""
+    launch(ptx(body, "out"), 1, 64, out, async_timing="late")
+    assert out.tolist() == [77] * 64
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
@@ -122,6 +148,33 @@ def test_multicast(timing):
     out = np.zeros(128, np.uint32)
     assert launch(ptx(body), 2, 64, out, source, cluster=2, async_timing=timing) == []
     assert out.tolist() == [*source, *source]
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("mask", [1, 2])
+def test_multicast_to_one_of_two(timing, mask):
+    """Rank 0 issues; the other one's data stay and its mbarrier hears nothing."""
+    source = np.arange(7, 71, dtype=np.uint32)
+    body = f"""
+  st.shared.u32 [%r8], 5; fence.proxy.async;
+  shr.u32 %r1, {mask}, %r9; and.b32 %r1, %r1, 1; setp.ne.u32 %p1, %r1, 0;
+  and.pred %p2, %p1, %p0;
+  @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r10], 256;
+  barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+  setp.eq.and.u32 %p3, %r9, 0, %p0;
+  .reg .b16 %mask; mov.u16 %mask, {mask};
+  @%p3 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+       [%r11], [%rd1], 256, [%r10], %mask;
+  @!%p1 bra DONE;
+  {WAIT}
+DONE:
+  barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+  ld.shared.u32 %r0, [%r8]; {{store}}"""
+    out = np.zeros(128, np.uint32)
+    assert launch(ptx(body), 2, 64, out, source, cluster=2, async_timing=timing) == []
+    expected = [[5] * 64, [5] * 64]
+    expected[mask - 1] = source.tolist()
+    assert out.reshape(2, 64).tolist() == expected
 
 
 @pytest.mark.parametrize("timing", TIMINGS)

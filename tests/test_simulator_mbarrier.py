@@ -68,6 +68,15 @@ def test_relaxed_arrivals_order_nothing():
     assert "race" in {f.kind for f in findings}
 
 
+def test_relaxed_waits_order_nothing():
+    body = f"""{PRODUCE}
+  mbarrier.arrive.shared.b64 _, [%r10];
+  {wait(0, "A").replace(".parity", ".parity.relaxed.cta")}
+  {READ_NEIGHBOUR}"""
+    findings = launch(ptx(body, count=128, target="sm_90"), 1, 128, np.zeros(128, np.uint32))
+    assert "race" in {f.kind for f in findings}
+
+
 def test_a_ring_of_phases():
     """Warp 0 writes a word 20 times, warp 1 adds up what it reads: a full and an empty mbarrier."""
     body = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -157,6 +158,40 @@ def test_one_to_five_dimensions(shape, box, start, timing):
     assert load(array, box, start, timing) == expected_load(array, box, start)
 
 
+@pytest.mark.parametrize("timing", ["early", "late", "random"])
+@pytest.mark.parametrize("mask", [1, 2, 3])
+def test_multicast(mask, timing):
+    """Rank 1 of a cluster of two issues; what the mask leaves out keeps its fives."""
+    array = numbers((8, 16), "f4")
+    sync = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    text = entry(f"""
+  mov.u32 %r9, %cluster_ctarank; mul.wide.u32 %rd4, %r9, 512; add.u64 %rd2, %rd2, %rd4;
+  shl.b32 %r1, %t, 4; add.u32 %r1, %r1, %r11; mov.u32 %r2, 5;
+  st.shared.v4.b32 [%r1], {{%r2, %r2, %r2, %r2}}; fence.proxy.async;
+  shr.u32 %r3, {mask}, %r9; and.b32 %r3, %r3, 1; setp.ne.u32 %p3, %r3, 0; and.pred %p4, %p3, %p0;
+  @%p0 mbarrier.init.shared::cta.b64 [%r10], 1;
+  @%p0 fence.mbarrier_init.release.cluster;
+  @%p4 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 512;
+  {sync}
+  setp.eq.and.u32 %p5, %r9, 1, %p0; mov.u16 %h1, {mask};
+  @%p5 cp.async.bulk.tensor.2d.shared::cluster.global.tile
+       .mbarrier::complete_tx::bytes.multicast::cluster [%r11], [%rd1, {{0, 0}}], [%r10], %h1;
+  @!%p3 bra DONE;
+WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r10], 0; @!%p2 bra WAIT;
+DONE:
+  {sync}
+  {COPY_OUT.format(bytes=512)}""")
+    out = np.zeros((2, 128), np.uint32)
+    simulator.reset()
+    with simulator.options(async_timing=timing):
+        args = [tensor_map(array, (8, 16)), array, out]
+        simulator.launch(text, "k", 2, 32, args, shared_bytes=512, cluster=2)
+    assert simulator.findings() == []
+    for rank in range(2):
+        expected = array.view(np.uint32).ravel() if mask >> rank & 1 else np.full(128, 5)
+        assert np.array_equal(out[rank], expected)
+
+
 def test_a_part_of_sixteen_bytes_is_outside():
     """The tensor's edges cut through 16-byte pieces: 3 elements of 2 bytes on one side."""
     array = numbers((8, 24), "f2")
@@ -286,6 +321,16 @@ def test_a_tensor_beyond_its_buffer():
     with pytest.raises(simulator.SimulatorError):
         simulator.launch(load_kernel(2, (0, 0), 1024), "k", 1, 32, args, shared_bytes=1024)
     assert "out of bounds" in {f.kind for f in simulator.findings()}
+
+
+def test_a_box_at_16_bytes():
+    array = numbers((16, 16), "f4")
+    ptx = load_kernel(2, (0, 0), 512).replace("[%r11], [%rd1", "[%r11+16], [%rd1")
+    simulator.reset()
+    args = [tensor_map(array, (8, 16)), array, np.zeros(512, np.uint8)]
+    with contextlib.suppress(simulator.SimulatorError):  # nothing arrives at the mbarrier
+        simulator.launch(ptx, "k", 1, 32, args, shared_bytes=1024)
+    assert [f.kind for f in simulator.findings()] == ["misaligned"]
 
 
 @pytest.mark.parametrize("map_bytes", [bytes(128), b"\x01" * 128])

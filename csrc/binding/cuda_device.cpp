@@ -3,10 +3,16 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <utility>
 #include <vector>
+
+#include "kernels/cuda/lora_linear_config.h"
 
 #ifdef FUSED_PEFT_SIMULATED_CUDA
 extern "C" {
@@ -110,6 +116,66 @@ void* DeviceScope::workspace(const Tensor& like, int64_t bytes) {
   writes(memory);
   const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
   return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+namespace {
+
+// Where launches of one device leave their state: a slice for each stream, and for each stream of
+// each captured graph, whose replays may run beside what the stream does meanwhile. A graph may
+// keep its slice's address for ever, so slices are never given back.
+class SingleLaunchStates {
+ public:
+  // Not in a capture: memory that is zeroed there would be zeroed by every replay.
+  void allocate(const Tensor& like) {
+    memory_ =
+        torch::stable::new_zeros(like, {kSlices * cuda::kSingleLaunchStateBytes}, ScalarType::Byte);
+  }
+  bool empty() const { return !memory_.has_value(); }
+  const Tensor& memory() const { return *memory_; }
+
+  void* slice(void* stream, unsigned long long capture) {
+    const auto found = slices_.try_emplace({stream, capture}, slices_.size()).first;
+    if (found->second >= kSlices) return nullptr;
+    return static_cast<unsigned char*>(memory_->mutable_data_ptr()) +
+           found->second * cuda::kSingleLaunchStateBytes;
+  }
+
+ private:
+  static constexpr int64_t kSlices = 64;
+  std::optional<Tensor> memory_;
+  std::map<std::pair<void*, unsigned long long>, int64_t> slices_;
+};
+
+std::mutex states_mutex;
+// Never destroyed: at exit the allocator may be gone first.
+std::map<int, SingleLaunchStates>& states_of_devices() {
+  static auto* states = new std::map<int, SingleLaunchStates>;
+  return *states;
+}
+
+}  // namespace
+
+void* DeviceScope::single_launch_state(const Tensor& like) {
+  if (context_.device.major != 9) return nullptr;
+  const std::lock_guard<std::mutex> lock(states_mutex);
+  SingleLaunchStates& states = states_of_devices()[like.is_cpu() ? 0 : like.get_device_index()];
+  unsigned long long capture = 0;
+#ifndef FUSED_PEFT_SIMULATED_CUDA
+  const auto stream = static_cast<cudaStream_t>(context_.stream);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamGetCaptureInfo(stream, &status, &capture) != cudaSuccess) return nullptr;
+  if (status == cudaStreamCaptureStatusNone) capture = 0;
+  if (states.empty()) {
+    if (status != cudaStreamCaptureStatusNone) return nullptr;
+    states.allocate(like);
+    // Other streams use it too.
+    if (cudaStreamSynchronize(stream) != cudaSuccess) return nullptr;
+  }
+#else
+  if (states.empty()) states.allocate(like);
+  reads(states.memory());
+#endif
+  return states.slice(context_.stream, capture);
 }
 
 const uint64_t* DeviceScope::seed(const std::optional<Tensor>& seed, double dropout_p,

@@ -29,6 +29,9 @@ class DeviceScope {
   void writes(const Tensor& tensor);
   // Scratch memory from torch's allocator, 256-byte aligned, that lives as long as this object.
   void* workspace(const Tensor& like, int64_t bytes);
+  // LaunchContext::single_launch_state, of this stream alone (in a capture, of this stream of this
+  // graph); nullptr where there is none left.
+  void* single_launch_state(const Tensor& like);
   // Device memory of the seed; nullptr without dropout.
   const uint64_t* seed(const std::optional<Tensor>& seed, double dropout_p, const Tensor& x);
 

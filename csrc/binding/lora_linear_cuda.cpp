@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   scope.writes(out.s);
   cuda::LaunchContext& context = scope.context();
   context.seed = scope.seed(seed, dropout_p, x);
-  context.workspace =
-      scope.workspace(x, cuda::forward_workspace_bytes(args.problem, scope.facts()));
+  context.single_launch_state = scope.single_launch_state(x);
+  context.workspace = scope.workspace(x, cuda::forward_workspace_bytes(args.problem, context));
   check_launch_status(cuda::lora_linear_forward(args, context), "lora_linear");
   return {out.y, out.s};
 }

@@ -57,9 +57,19 @@ const char* name_of(cuda::ForwardPath path) {
   switch (path) {
     case cuda::ForwardPath::kDecode: return "decode";
     case cuda::ForwardPath::kFusedDown: return "fused down projection";
+    case cuda::ForwardPath::kSingleLaunch: return "single launch";
     case cuda::ForwardPath::kTwoLaunches: break;
   }
   return "down projection, then GEMM";
+}
+
+const char* name_of(cuda::GemmKernel kernel) {
+  switch (kernel) {
+    case cuda::GemmKernel::kPingpong: return "sm_90a pingpong";
+    case cuda::GemmKernel::kCooperative: return "sm_90a cooperative";
+    case cuda::GemmKernel::kSm80: break;
+  }
+  return "sm_80";
 }
 
 // The kernels that a LoRA layer would get on a device of these facts; a pure function.
@@ -77,14 +87,25 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
     out["rank_blocks"] = choice.rank_blocks;
     return out;
   };
+  const auto gemm = [](const cuda::GemmChoice& choice) {
+    pybind11::dict out;
+    out["kernel"] = name_of(choice.kernel);
+    out["block_m"] = choice.block_m;
+    out["block_n"] = choice.block_n;
+    out["tiles"] = choice.tiles;
+    out["cluster"] = choice.cluster;
+    out["ctas"] = choice.ctas;
+    out["raster_rows"] = choice.raster_rows;
+    return out;
+  };
   pybind11::dict out;
   out["forward"] = name_of(plan.forward);
   out["forward_launches"] = plan.forward_launches;
   out["backward_launches"] = plan.backward_launches;
-  out["gemm_block"] = plan.gemm.block;
-  out["gemm_tiles"] = plan.gemm.tiles;
-  out["gemm_backward_block"] = plan.gemm_backward.block;
-  out["gemm_backward_tiles"] = plan.gemm_backward.tiles;
+  out["decode_cluster"] = plan.decode.cluster;
+  out["decode_ctas"] = plan.decode.ctas;
+  out["gemm"] = gemm(plan.gemm);
+  out["gemm_backward"] = gemm(plan.gemm_backward);
   out["down"] = skinny(plan.down);
   out["dy_pass"] = skinny(plan.dy_pass);
   out["x_pass"] = skinny(plan.x_pass);

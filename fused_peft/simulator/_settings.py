@@ -53,7 +53,7 @@ def options(
             the wait that asks for it) or "random".
         checks: True for all, False for none, or names out of "memcheck", "initcheck",
             "racecheck", "synccheck".
-        max_sms: how many SMs take CTAs; 0 for the device's own number.
+        max_sms: how many SMs the device has at most; 0 for its own number.
         max_findings: how many findings of a launch are kept.
         threads: worker threads.
         hang_budget: warp instructions without any progress after which a launch counts as hung.

@@ -19,6 +19,9 @@ struct LaunchContext {
   void* stream = nullptr;  // cudaStream_t
   const uint64_t* seed =
       nullptr;  // device memory; read where dropout_p > 0 (LoraLinearParams::seed is not)
+  // What launches leave for the next one, kSingleLaunchStateBytes of device memory: zero at first,
+  // never shared by launches that may overlap. Null: the forward pass takes two launches.
+  void* single_launch_state = nullptr;
   void* workspace = nullptr;  // device memory of at least *_workspace_bytes, 256-byte aligned
   DeviceFacts device;
 };

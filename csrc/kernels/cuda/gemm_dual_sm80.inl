@@ -12,7 +12,7 @@ Status launch_one(const GemmChoice& choice, const GemmParams& params, const Laun
                   bool dependent) {
   const int shared = Tile::shared_bytes(kDownRank) + (kMask ? Tile::kMaskBytes : 0);
   return launch(gemm_dual_kernel<Element, Tile, kBKMajor, kDownRank, kAligned, kMask>,
-                dim3(unsigned(choice.tiles)), Tile::kThreads, shared, context, dependent, params);
+                dim3(unsigned(choice.ctas)), Tile::kThreads, shared, context, dependent, params);
 }
 
 template <class Element, class Tile, bool kBKMajor, bool kAligned>
@@ -41,7 +41,7 @@ Status launch_gemm(const GemmVariant& v, const GemmParams& params, const LaunchC
   if (v.down_rank > 0)
     return v.aligned ? launch_fused<Element, true>(v, params, context, dependent)
                      : launch_fused<Element, false>(v, params, context, dependent);
-  if (v.choice.block == 128)
+  if (v.choice.block_m == 128)
     return v.b_k_major
                ? launch_plain<Element, LargeTile, true, true>(v, params, context, dependent)
                : launch_plain<Element, LargeTile, false, true>(v, params, context, dependent);

@@ -8,6 +8,7 @@
 #include "kernels/cuda/lora_decode_sm80.cuh"
 #include "kernels/cuda/lora_down_sm80.cuh"
 #include "kernels/cuda/lora_linear_config.h"
+#include "kernels/lora_linear.h"
 
 namespace fused_peft::cuda {
 
@@ -15,12 +16,23 @@ namespace fused_peft::cuda {
 struct GemmVariant {
   GemmChoice choice;
   bool b_k_major = true, aligned = true, mask = false;
-  int down_rank = 0;  // of the fused down projection; 0: none
+  int down_rank = 0;         // of the fused down projection; 0: none
+  int dependent_source = 2;  // from which source on operands are the previous kernel's output
 };
 
 template <class Element>
 Status launch_gemm(const GemmVariant& variant, const GemmParams& params,
                    const LaunchContext& context, bool dependent);
+
+// The same by the kernels for sm_90a. Every operand has 16-byte rows and base, M < 2^31.
+template <class Element>
+Status launch_gemm_sm90(const GemmVariant& variant, const GemmParams& params,
+                        const LaunchContext& context, bool dependent);
+
+// The forward pass in one launch (sm_90a).
+template <class Element>
+Status launch_single(const LoraLinearForward& args, const GemmChoice& choice,
+                     const LaunchContext& context);
 
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>
@@ -28,7 +40,13 @@ Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
                    const LaunchContext& context);
 
 template <class Element, class Factor>
-Status launch_decode(int rank, const LoraDecodeParams& params, const LaunchContext& context);
+Status launch_decode(int rank, int64_t ctas, const LoraDecodeParams& params,
+                     const LaunchContext& context);
+
+// Encodes the tensor maps, which take the operands' strides: hence the whole problem.
+template <class Element, class Factor>
+Status launch_decode_sm90(const LoraLinearForward& args, const LoraLinearPlan& plan,
+                          const LaunchContext& context);
 
 template <class Element, class Factor>
 Status launch_dy_pass(const SkinnyChoice& choice, const DyPassParams& params, int64_t extra_ctas,

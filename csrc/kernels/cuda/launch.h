@@ -10,10 +10,11 @@
 namespace fused_peft::cuda {
 
 // dependent: may start while the kernel before it in the stream drains (it then waits with
-// griddepcontrol.wait).
+// griddepcontrol.wait). cluster: CTAs in one (sm_90).
 template <class... Params>
-Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-              const LaunchContext& context, bool dependent, const Params&... params) {
+Status launch_clusters(void (*kernel)(Params...), dim3 grid, int cluster, int threads,
+                       int shared_bytes, const LaunchContext& context, bool dependent,
+                       const Params&... params) {
   if (shared_bytes > 48 * 1024 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        shared_bytes) != cudaSuccess)
@@ -23,15 +24,26 @@ Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_byte
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(context.stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (dependent && context.device.major >= 9) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params...);
   return error == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+template <class... Params>
+Status launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+              const LaunchContext& context, bool dependent, const Params&... params) {
+  return launch_clusters(kernel, grid, 1, threads, shared_bytes, context, dependent, params...);
 }
 
 }  // namespace fused_peft::cuda

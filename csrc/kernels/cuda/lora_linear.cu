@@ -122,6 +122,16 @@ Dropout dropout_of(const LoraLinearParams& p, const LaunchContext& context) {
 
 double scaling_of(const LoraLinearParams& p) { return p.scaling / (1.0 - p.dropout_p); }
 
+template <class Element>
+Status run_gemm(const GemmVariant& variant, const GemmParams& gemm, const LaunchContext& context,
+                bool dependent) {
+#ifdef FUSED_PEFT_SM90A
+  if (variant.choice.kernel != GemmKernel::kSm80)
+    return launch_gemm_sm90<Element>(variant, gemm, context, dependent);
+#endif
+  return launch_gemm<Element>(variant, gemm, context, dependent);
+}
+
 // Everything a forward pass launches; `workspace` without a base only measures.
 struct ForwardJob {
   TermsOut terms;
@@ -140,6 +150,7 @@ ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan,
 template <class Element, class Factor>
 Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan,
               const LaunchContext& context) {
+  if (plan.decode.cluster > 0) return launch_decode_sm90<Element, Factor>(args, plan, context);
   const LoraLinearParams& p = args.problem;
   LoraDecodeParams params;
   params.k = p.k;
@@ -154,7 +165,7 @@ Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan,
   params.s = args.s;
   params.y = args.y;
   params.y_stride = args.y_row_stride;
-  return launch_decode<Element, Factor>(plan.down.rank, params, context);
+  return launch_decode<Element, Factor>(plan.down.rank, plan.decode.ctas, params, context);
 }
 
 template <class Element, class Factor>
@@ -162,6 +173,10 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
                const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   if (plan.forward == ForwardPath::kDecode) return decode<Element, Factor>(args, plan, context);
+#ifdef FUSED_PEFT_SM90A
+  if (plan.forward == ForwardPath::kSingleLaunch)
+    return launch_single<Element>(args, plan.gemm, context);
+#endif
 
   Workspace workspace(context.workspace);
   const ForwardJob job = plan_forward(p, plan, &workspace);
@@ -177,6 +192,7 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   gemm.c_stride = args.y_row_stride;
   gemm.c_aligned = aligned16(args.y, args.y_row_stride, kChunk);
   variant.aligned = gemm.source[0].a_aligned && gemm.source[0].b_aligned;
+  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.n, false, context.device);
 
   if (plan.forward == ForwardPath::kFusedDown) {
     GemmSource& update = gemm.source[1];
@@ -208,7 +224,8 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
                                                      copy_ctas(down.copy, kSkinnyThreads), context);
   if (status != Status::kOk) return status;
   gemm.source[1] = update_source(job.factor, job.terms);
-  return launch_gemm<Element>(variant, gemm, context, true);
+  variant.dependent_source = 1;
+  return run_gemm<Element>(variant, gemm, context, true);
 }
 
 struct BackwardJob {
@@ -296,19 +313,24 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   GemmParams gemm;
   gemm.m = p.m;
   gemm.n = p.k;
-  // The low-rank product first: dropout's mask is applied to it alone.
-  gemm.source[0] = update_source(job.factor, job.terms);
-  gemm.source[1] = base_source(p, args.dy, p.n);
   gemm.c = args.dx;
   gemm.c_stride = p.k;
-  gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
   gemm.dropout = dropout_of(p, context);
   GemmVariant variant;
   variant.choice = plan.gemm_backward;
   variant.b_k_major = !weight_k_major(p);
-  variant.aligned = gemm.source[1].a_aligned && gemm.source[1].b_aligned;
   variant.mask = p.dropout_p > 0.0;
-  return launch_gemm<Element>(variant, gemm, context, false);
+  // The low-rank product first where dropout's mask is applied, to it alone; else last, since it is
+  // the one that waits for the kernel before.
+  gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
+  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.k, false, context.device);
+  const bool sm90 = variant.choice.kernel != GemmKernel::kSm80;
+  const int update = sm90 && !variant.mask ? 1 : 0;
+  gemm.source[update] = update_source(job.factor, job.terms);
+  gemm.source[1 - update] = base_source(p, args.dy, p.n);
+  variant.aligned = gemm.source[1 - update].a_aligned && gemm.source[1 - update].b_aligned;
+  variant.dependent_source = update;
+  return run_gemm<Element>(variant, gemm, context, sm90);
 }
 
 template <class Element, class Factor>
@@ -384,10 +406,18 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
   shape.weight_k_major = weight_k_major(p);
   shape.aligned =
       aligned16(p.x.data, p.x.row_stride, p.k) && aligned_weight(p) && p.n % kChunk == 0;
+  shape.lora_a_aligned = rows_of(p.lora_a, p.r, p.k).aligned;
+  shape.lora_b_aligned = rows_of(p.lora_b, p.n, p.r).aligned;
   return shape;
 }
 
 namespace {
+
+LoraLinearPlan forward_plan(const LoraLinearParams& p, const LaunchContext& context) {
+  LoraLinearShape shape = shape_of(p);
+  shape.single_launch_state = context.single_launch_state != nullptr;
+  return plan_lora_linear(shape, context.device);
+}
 
 LoraLinearPlan backward_plan(const LoraLinearBackward& args, const DeviceFacts& device) {
   const LoraLinearParams& p = args.problem;
@@ -406,9 +436,9 @@ bool supports(const LoraLinearParams& p) {
   return p.r >= 1 && p.r <= kMaxRank && p.n <= kLargest && p.k <= kLargest;
 }
 
-int64_t forward_workspace_bytes(const LoraLinearParams& p, const DeviceFacts& device) {
+int64_t forward_workspace_bytes(const LoraLinearParams& p, const LaunchContext& context) {
   Workspace workspace(nullptr);
-  plan_forward(p, plan_lora_linear(shape_of(p), device), &workspace);
+  plan_forward(p, forward_plan(p, context), &workspace);
   return workspace.used();
 }
 
@@ -422,7 +452,7 @@ Status lora_linear_forward(const LoraLinearForward& args, const LaunchContext& c
   const LoraLinearParams& p = args.problem;
   if (!supports(p)) return Status::kUnsupported;
   if (p.m == 0) return Status::kOk;
-  return dispatch<RunForward>(args, plan_lora_linear(shape_of(p), context.device), context);
+  return dispatch<RunForward>(args, forward_plan(p, context), context);
 }
 
 Status lora_linear_backward(const LoraLinearBackward& args, const LaunchContext& context) {

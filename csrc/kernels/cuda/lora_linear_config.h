@@ -14,23 +14,58 @@ struct LoraLinearShape {
   bool dropout = false;
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
   bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
+  bool lora_a_aligned = true, lora_b_aligned = true;  // and theirs
+  bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
 };
 
 enum class ForwardPath : int32_t {
   kDecode = 0,     // one launch, W streamed once
   kFusedDown = 1,  // one launch, every CTA forms its own rows of s
   kTwoLaunches = 2,
+  kSingleLaunch = 3,  // sm_90a: the first column of tiles forms s for the others
 };
 
 constexpr int64_t kDecodeMaxTokens = 16;
+constexpr int kDecodeColumns = 32;  // of a CTA of the sm_80 decode kernel
 constexpr int64_t kFusedMaxRank =
     64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
+constexpr int64_t kSingleLaunchRowTiles = 2048;
+constexpr int64_t kSingleLaunchStateBytes = 32 * kSingleLaunchRowTiles + 256;
+
+// Tile of the sm_90 decode kernel: rows of 128 bytes, the widest that TMA swizzles, and as many as
+// keep R / kDecodeBlockN, the share of lora_a in what a CTA reads, under a half.
+constexpr int kDecodeBlockN = 128, kDecodeBlockK = 64;
+// Two CTAs an SM of 228 KiB, of which each CTA's first KiB is the system's.
+constexpr int kDecodeSharedBytes = 113 * 1024;
+constexpr int32_t kMaxCluster = 8;  // that every device with clusters can launch
+
+struct DecodeChoice {
+  int32_t cluster = 0;  // CTAs that split k; 0: the sm_80 kernel, whose warps do
+  int64_t ctas = 0;
+};
+
+enum class GemmKernel : int32_t {
+  kSm80 = 0,
+  kPingpong = 1,     // sm_90a
+  kCooperative = 2,  // sm_90a
+};
 
 struct GemmChoice {
-  int32_t block = 0;  // BLOCK_M = BLOCK_N
+  GemmKernel kernel = GemmKernel::kSm80;
+  int32_t block_m = 0, block_n = 0;
   int64_t tiles = 0;
+  int32_t cluster = 1;      // CTAs, below one another
+  int64_t ctas = 0;         // tiles on sm_80, at most one per SM on sm_90a
+  int32_t raster_rows = 8;  // row tiles (of clusters) in a column of the order
 };
+
+// Whether the package has kernels for sm_90a.
+#ifdef FUSED_PEFT_SM90A
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = false;
+#endif
 
 struct SkinnyChoice {
   int32_t rank = 0;        // columns of the accumulators, R rounded up to a tile that is compiled
@@ -42,6 +77,7 @@ struct SkinnyChoice {
 struct LoraLinearPlan {
   ForwardPath forward = ForwardPath::kTwoLaunches;
   int32_t forward_launches = 0, backward_launches = 0;
+  DecodeChoice decode;
   GemmChoice gemm, gemm_backward;
   SkinnyChoice down, dy_pass, x_pass;
 };
@@ -50,12 +86,73 @@ constexpr int32_t rank_tile(int64_t r, int32_t largest) {
   return r <= 16 ? 16 : r <= 64 ? 64 : largest;
 }
 
-// 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is one for
-// every SM.
+// Rows of the nearly square block of C that `ctas` tiles at a time should cover: it reads the least
+// of A and B.
+constexpr int32_t square_raster(int64_t ctas, int32_t block_m, int32_t block_n, int32_t cluster) {
+  int32_t rows = 1;
+  while (int64_t{rows + 1} * (rows + 1) * block_m <= ctas * block_n) ++rows;
+  return rows < cluster ? 1 : rows / cluster;
+}
+
+constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& device) {
+  GemmChoice choice;
+  const auto take = [&](GemmKernel kernel, int32_t block_m, int32_t block_n) {
+    choice.kernel = kernel;
+    choice.block_m = block_m;
+    choice.block_n = block_n;
+    choice.tiles = ceil_div(m, block_m) * ceil_div(n, block_n);
+  };
+  // 256 columns: a wgmma of m64n256k16 reads 10 KB of shared memory in its 128 cycles, 80 bytes a
+  // cycle of the 128 there are; m64n128k16 reads 96, m64n64k16 all 128. A tile for every SM counts
+  // for more.
+  take(GemmKernel::kCooperative, 128, 256);
+  if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 128, 128);
+  if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 64, 64);
+  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
+  // tile's time in every column: at most 1/16 of the work.
+  const int64_t tiles_m = ceil_div(m, choice.block_m);
+  if (choice.block_m == 128 && device.num_sms >= 2 && (tiles_m % 2 == 0 || tiles_m >= 16))
+    choice.cluster = 2;
+  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * ceil_div(n, choice.block_n);
+  const int64_t resident = device.num_sms / choice.cluster;
+  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
+  return choice;
+}
+
+// sm_80: 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is
+// one for every SM. A tensor copy needs rows and bases that are multiples of 16 bytes.
 constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const DeviceFacts& device) {
+  if (kHasSm90a && device.major == 9 && aligned && m < int64_t{1} << 31)
+    return choose_gemm_sm90(m, n, device);
+  GemmChoice choice;
   const int64_t large = ceil_div(m, 128) * ceil_div(n, 128);
-  if (aligned && large >= device.num_sms) return {128, large};
-  return {64, ceil_div(m, 64) * ceil_div(n, 64)};
+  choice.block_m = choice.block_n = aligned && large >= device.num_sms ? 128 : 64;
+  choice.tiles = choice.ctas = ceil_div(m, choice.block_m) * ceil_div(n, choice.block_n);
+  return choice;
+}
+
+// Tiles of the single launch: cooperative, without clusters, 256 columns where every SM gets one.
+constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFacts& device) {
+  GemmChoice choice;
+  choice.kernel = GemmKernel::kCooperative;
+  choice.block_m = 128;
+  choice.block_n = ceil_div(m, 128) * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
+  choice.tiles = ceil_div(m, 128) * ceil_div(n, choice.block_n);
+  choice.ctas = choice.tiles < device.num_sms ? choice.tiles : device.num_sms;
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, 1);
+  return choice;
+}
+
+// It spares a launch and the second pass over x, about 10 us, but its CTAs share no tiles of b in
+// clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide tiles.
+constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
+  if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
+  if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
+    return false;
+  const int64_t row_tiles = ceil_div(p.m, 128);
+  return row_tiles <= kSingleLaunchRowTiles &&
+         row_tiles * ceil_div(p.n, 256) <= int64_t{4} * device.num_sms;
 }
 
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -66,7 +163,22 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
-  return ForwardPath::kTwoLaunches;
+  return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
+}
+
+// How many CTAs share the columns of a decode tile. The sm_80 kernel remains for rows that TMA
+// cannot address (16-byte steps) and for devices with clusters but less shared memory (sm_120: 99
+// KiB). W is read at full rate only with megabytes under way, so k is split as far as all CTAs are
+// still resident at once: two an SM, and a cluster's within one GPC, whose SMs are taken to be a
+// multiple of the cluster. A CTA without a k-block would only wait.
+constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int64_t tiles = ceil_div(p.n, kDecodeBlockN), blocks = ceil_div(p.k, kDecodeBlockK);
+  if (device.major < 9 || device.shared_per_block < kDecodeSharedBytes || !p.aligned ||
+      !p.lora_a_aligned || blocks == 0)
+    return {0, ceil_div(p.n, kDecodeColumns)};
+  int32_t cluster = kMaxCluster;
+  while (cluster > 1 && (tiles > 2 * (device.num_sms / cluster) || blocks < cluster)) cluster /= 2;
+  return {cluster, tiles * cluster};
 }
 
 // Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
@@ -83,8 +195,11 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   LoraLinearPlan plan;
   plan.forward = choose_forward(p, device);
   plan.forward_launches = plan.forward == ForwardPath::kTwoLaunches ? 2 : 1;
-  plan.gemm = plan.forward == ForwardPath::kFusedDown ? choose_gemm(p.m, p.n, false, device)
-                                                      : choose_gemm(p.m, p.n, p.aligned, device);
+  if (plan.forward == ForwardPath::kDecode) plan.decode = choose_decode(p, device);
+  if (plan.forward == ForwardPath::kSingleLaunch)
+    plan.gemm = choose_single_launch(p.m, p.n, device);
+  else
+    plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
   plan.gemm_backward = choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
   plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);

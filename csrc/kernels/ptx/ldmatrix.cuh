@@ -28,4 +28,11 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
                : "memory");
 }
 
+// The other way (stmatrix, sm_90): four matrices to the rows that the lanes name.
+__device__ inline void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 }  // namespace fused_peft::ptx

@@ -20,4 +20,14 @@ __device__ inline void store_shared_v2(uint32_t shared, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared), "f"(a), "f"(b) : "memory");
 }
 
+__device__ inline void store_shared_u32(uint32_t shared, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared), "r"(v) : "memory");
+}
+
+__device__ inline uint32_t load_shared_u32(uint32_t shared) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(v) : "r"(shared) : "memory");
+  return v;
+}
+
 }  // namespace fused_peft::ptx

@@ -94,8 +94,7 @@ struct GlobalTouch {
   bool all_init = true;
 
   // Bytes of one page.
-  void touch_page(BufferShadow& shadow, uint64_t begin, uint64_t bytes) {
-    GlobalPage& page = shadow.page(begin);
+  void touch_page(BufferShadow& shadow, GlobalPage& page, uint64_t begin, uint64_t bytes) {
     const bool concurrent = state.launch.options.threads > 1;
     if (concurrent) page.lock.lock();
     const uint64_t first = begin % kPageBytes;
@@ -240,12 +239,21 @@ LaneMask Checker::State::access_elsewhere(Warp& warp, const Instr& instr, const 
 LaneMask Checker::State::access_buffer(BufferShadow& shadow, const Runs& runs, const Access& access,
                                        LaneMask lanes, GlobalTouch& touch) {
   touch.all_init = true;
+  // The pages of all ranges are on their way to the cache before the first is needed.
+  GlobalPage* pages[kLanes];
+  for (int i = 0; i < runs.count; ++i) {
+    const uint64_t at = runs.run[i].begin;
+    pages[i] = &shadow.page(at);
+    pages[i]->prefetch(at % kPageBytes, access.kind);
+  }
   for (int i = 0; i < runs.count; ++i) {
     const Run& run = runs.run[i];
+    GlobalPage* page = pages[i];
     for (uint64_t at = run.begin; at < run.end();) {
       const uint64_t end = std::min(run.end(), (at / kPageBytes + 1) * kPageBytes);
-      touch.touch_page(shadow, at, end - at);
+      touch.touch_page(shadow, *page, at, end - at);
       at = end;
+      if (at < run.end()) page = &shadow.page(at);
     }
   }
   Buffer& buffer = *shadow.buffer;

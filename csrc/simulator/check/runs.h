@@ -38,8 +38,19 @@ inline LaneMask lanes_following(const uint64_t* address, uint64_t step) {
   return follows;
 }
 
-// Neighbouring lanes that touch neighbouring (or the same) bytes make one range. Ranges may
-// overlap.
+// Whether each lane of a group has the other half of the 2 * bytes that the lane `distance` behind
+// it is in.
+inline bool halves_of_pairs(const uint64_t* address, uint32_t bytes, int distance) {
+  uint64_t wrong = 0;
+  for (int first = 0; first < kLanes; first += 2 * distance) {
+    for (int lane = first; lane < first + distance; ++lane)
+      wrong |= (address[lane] ^ bytes) ^ address[lane + distance];
+  }
+  return wrong == 0;
+}
+
+// Neighbouring lanes that touch neighbouring (or the same) bytes make one range, and so do the rows
+// of two matrices side by side (ldmatrix). Ranges may overlap.
 struct Runs {
   int count = 0;
   Run run[kLanes];
@@ -54,6 +65,13 @@ struct Runs {
       if (lanes_following(address, 0) == kFullMask - 1) {
         run[count++] = {address[0], bytes};
         return;
+      }
+      if (bytes == 16 && starts == kFullMask) {
+        for (int distance = 16; distance >= 8; distance /= 2) {
+          if (!halves_of_pairs(address, bytes, distance)) continue;
+          add_pairs(address, bytes, distance);
+          return;
+        }
       }
       for (LaneMask left = starts; left != 0; left &= left - 1) {
         const int lane = std::countr_zero(left);
@@ -76,12 +94,20 @@ struct Runs {
       run[count++] = {at, bytes};
     }
   }
+
+ private:
+  void add_pairs(const uint64_t* address, uint32_t bytes, int distance) {
+    for (int first = 0; first < kLanes; first += 2 * distance) {
+      for (int lane = first; lane < first + distance; ++lane)
+        run[count++] = {address[lane] & ~uint64_t{bytes}, uint64_t{bytes} * 2};
+    }
+  }
 };
 
 // The cells of kCell bytes that [begin, begin + bytes) touches: visit(cell, mask of its bytes, bit
 // 0 the first).
 template <uint32_t kCell, class Visit>
-inline void for_cells(uint64_t begin, uint64_t bytes, Visit visit) {
+[[gnu::always_inline]] inline void for_cells(uint64_t begin, uint64_t bytes, const Visit& visit) {
   constexpr uint32_t kAll = kCell == 32 ? ~0u : (1u << kCell) - 1;
   uint64_t cell = begin / kCell;
   uint32_t first = static_cast<uint32_t>(begin % kCell);

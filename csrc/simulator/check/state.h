@@ -45,15 +45,20 @@ struct PageRead {
 
 struct GlobalPage {
   SpinLock lock;
-  uint64_t loaded[kPageBytes / 64] =
-      {};  // a bit a byte: touched by a load, by a store of the launch
-  uint64_t stored[kPageBytes / 64] = {};
   // Pages that are only read need no cells: their reads are listed, and become stamps with the
   // first write. Of very many, a random part is kept.
   std::vector<PageRead> reads;
   uint32_t reads_seen = 0;
-  std::unique_ptr<GlobalCell[]> cells;                       // kPageBytes / kCellBytes of them
+  std::unique_ptr<GlobalCell[]> cells;  // kPageBytes / kCellBytes of them
+  uint64_t loaded[kPageBytes / 64] =
+      {};  // a bit a byte: touched by a load, by a store of the launch
+  uint64_t stored[kPageBytes / 64] = {};
   std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
+
+  void prefetch(uint64_t offset, AccessKind kind) const {
+    __builtin_prefetch(&reads, 1);
+    __builtin_prefetch((kind == AccessKind::kRead ? loaded : stored) + offset / 64, 1);
+  }
 };
 
 struct BufferShadow {
@@ -107,6 +112,7 @@ struct CtaState {
   Cta* cta = nullptr;
   std::shared_ptr<ClusterState> cluster;
   uint32_t interval = 1;  // barriers of the whole CTA so far
+  bool ended = false;     // its shared memory is another CTA's by now
   std::vector<SharedCell> cells;
   std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
   WordClocks words;                                          // of its shared memory
@@ -199,6 +205,8 @@ struct Checker::State {
   LaneMask aligned_lanes(Warp& warp, const Instr& instr, const Access& access);
   void report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad,
                             const Cta* cta);
+  // An access of another CTA to the shared memory of one that ended without waiting for it.
+  void report_unawaited(const Cta& cta, uint64_t cell, const Stamp& stamp);
   // Data exchanged between the lanes of a warp.
   void check_lanes(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes);
   void report(const Warp& warp, const Instr& instr, LaneMask lanes, FindingKind kind,

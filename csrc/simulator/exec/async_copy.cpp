@@ -151,8 +151,10 @@ Step copy_async(Warp& warp, const Instr& instr, LaneMask mask) {
     lane_addresses(warp, instr.source(0), form.to_offset, copy.to.data());
     uint64_t from[kLanes];
     lane_addresses(warp, instr.source(1), instr.imm, from);
-    for (int lane = 0; lane < kLanes; ++lane)
+    for (int lane = 0; lane < kLanes; ++lane) {
       copy.from[lane] = reinterpret_cast<const std::byte*>(from[lane]);
+      __builtin_prefetch(copy.from[lane]);
+    }
     const LaneMask known = set_filled(warp, instr, form, copy) & valid_guard(warp, instr);
     LaneMask initialised = 0;
     lanes = check_sources(warp, instr, copy, from, lanes, &initialised);

@@ -5,6 +5,7 @@
 #include "simulator/core/lanes.h"
 #include "simulator/exec/arithmetic.h"
 #include "simulator/exec/families.h"
+#include "simulator/exec/numeric.h"
 
 namespace fused_peft::sim {
 namespace {
@@ -115,7 +116,7 @@ struct Mad24 {
 struct Mad24HighSaturating {
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
     const int64_t sum = int64_t{int32_t(Mul24<true, true>()(a, b))} + int32_t(c);
-    return uint32_t(sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum);
+    return uint32_t(clamp_to_s32(sum));
   }
 };
 

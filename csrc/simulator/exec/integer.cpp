@@ -1,10 +1,10 @@
 // Integer arithmetic: add sub mul mad div rem abs neg min max, and add/min/max of packed 16-bit
 // pairs.
-#include <limits>
 #include <type_traits>
 
 #include "simulator/core/lanes.h"
 #include "simulator/exec/arithmetic.h"
+#include "simulator/exec/numeric.h"
 
 namespace fused_peft::sim {
 namespace {
@@ -155,11 +155,6 @@ struct MadWide {
   }
 };
 
-int32_t clamp_to_s32(int64_t value) {
-  constexpr int64_t kMin = std::numeric_limits<int32_t>::min();
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  return int32_t(value < kMin ? kMin : value > kMax ? kMax : value);
-}
 struct AddSaturating {
   int32_t operator()(int32_t a, int32_t b) const { return clamp_to_s32(int64_t{a} + b); }
 };

@@ -248,6 +248,15 @@ Type take_element(Decoding& d, MemoryForm& form) {
   return type;
 }
 
+// {r0, r1 ...}; a single one may stand in braces as well (Triton).
+template <class Take>
+void take_elements(Decoding& d, uint32_t count, Take take) {
+  const bool braces = count > 1 || d.next_operand() == OperandText::kVector;
+  if (braces) d.open_vector();
+  for (uint32_t i = 0; i < count; ++i) take();
+  if (braces) d.close_vector();
+}
+
 void decode_load(Decoding& d) {
   MemoryForm form;
   take_order(d, form);
@@ -255,9 +264,7 @@ void decode_load(Decoding& d) {
   const bool policy = take_cache_hints(d);
   form.vector = take_vector(d);
   const Type type = take_element(d, form);
-  if (form.vector > 1) d.open_vector();
-  for (uint32_t i = 0; i < form.vector; ++i) d.dest(type, true);
-  if (form.vector > 1) d.close_vector();
+  take_elements(d, form.vector, [&] { d.dest(type, true); });
   const bool symbol = d.symbol_space() == Space::kParam;
   d.address();
   if (policy) d.source(Type::kB64);
@@ -276,9 +283,7 @@ void decode_store(Decoding& d) {
   form.vector = take_vector(d);
   const Type type = take_element(d, form);
   d.address();
-  if (form.vector > 1) d.open_vector();
-  for (uint32_t i = 0; i < form.vector; ++i) d.source(type, true);
-  if (form.vector > 1) d.close_vector();
+  take_elements(d, form.vector, [&] { d.source(type, true); });
   if (policy) d.source(Type::kB64);
   d.handler(for_bytes<Store>(form.element), class_of(form.space, false), kOwnValidity);
   d.keep(std::make_shared<MemoryForm>(form));

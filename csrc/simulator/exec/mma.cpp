@@ -19,6 +19,22 @@
 namespace fused_peft::sim {
 namespace {
 
+// A register of B, the columns of one chunk, as rows of 8 columns.
+template <class B>
+void load_rows(const uint32_t* columns, __m256* rows) {
+  constexpr int kWidth = 4 * B::kPerRegister;
+  if constexpr (requires { B::widen; }) {
+    alignas(16) __m128i from[8], halves[8];
+    std::memcpy(from, columns, sizeof from);
+    transpose_halves(from, halves);
+    for (int j = 0; j < kWidth; ++j) rows[j] = B::widen(halves[j]);
+  } else {
+    alignas(64) float values[kLanes * B::kPerRegister];
+    B::load(columns, values, kLanes);
+    to_rows<1, kWidth>(values, rows);
+  }
+}
+
 template <int kRows, int kChunks, class A, class B, class Accumulator>
 Step mma(Warp& warp, const Instr& instr, LaneMask mask) {
   static_assert(A::kPerRegister == B::kPerRegister);
@@ -26,16 +42,16 @@ Step mma(Warp& warp, const Instr& instr, LaneMask mask) {
   constexpr MmaOperands kOperands{kChunks * kRows / 8, kChunks, Accumulator::kRegisters};
   if (mask != kFullMask && waits_for_lanes(warp, instr, mask)) [[unlikely]]
     return Step::kBlock;
-  alignas(64) float a[kOperands.num_a * kValues], b[kChunks * kValues], d[kRows * 8];
+  alignas(64) float a[kOperands.num_a * kValues], d[kRows * 8];
+  __m256 b[kChunks * kWidth];
   for (int i = 0; i < kOperands.num_a; ++i) {
     A::load(lanes_of<uint32_t>(warp, kOperands.a(instr, i)), a + i * kValues, kLanes);
   }
-  for (int i = 0; i < kChunks; ++i) {
-    B::load(lanes_of<uint32_t>(warp, kOperands.b(instr, i)), b + i * kValues, kLanes);
-  }
+  for (int i = 0; i < kChunks; ++i)
+    load_rows<B>(lanes_of<uint32_t>(warp, kOperands.b(instr, i)), b + i * kWidth);
   const Operand* c = &kOperands.c(instr, 0);
   Accumulator::load(warp, c, d);
-  multiply<kRows, kChunks, kWidth>(a, b, d);
+  accumulate<kRows, kChunks, kWidth>(a, b, d);
   propagate_mma_validity(warp, instr, mask, kOperands, kRows, Accumulator::kPairs);
   Accumulator::store(warp, &instr.dest(0), c, mask, d);
   return Step::kNext;

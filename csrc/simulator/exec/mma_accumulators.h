@@ -67,8 +67,7 @@ struct S32Accumulator {
         for (int lane = 0; lane < kLanes; ++lane) {
           const int64_t sum =
               int64_t{addend != nullptr ? addend[lane] : 0} + int32_t(float_of(sums[j][lane]));
-          const int64_t clamped = sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum;
-          sums[j][lane] = uint32_t(kSaturate ? clamped : sum);
+          sums[j][lane] = kSaturate ? uint32_t(clamp_to_s32(sum)) : uint32_t(sum);
         }
         store_register(warp, d[2 * half + j], sums[j], mask);
       }

@@ -8,9 +8,10 @@
 namespace fused_peft::sim {
 
 // Each has kPerRegister, how many elements a 32-bit register holds, and load(): `count` registers
-// (a multiple of 8) to floats, lane after lane.
+// (a multiple of 8) to floats, lane after lane. Those of 16 bits have widen(), of 8 elements.
 struct F16Elements {
   static constexpr int kPerRegister = 2;
+  static __m256 widen(__m128i halves) { return _mm256_cvtph_ps(halves); }
   static void load(const uint32_t* registers, float* values, int count) {
     F16Lanes::from(reinterpret_cast<const uint16_t*>(registers), values, 2 * count);
   }
@@ -18,6 +19,9 @@ struct F16Elements {
 
 struct BF16Elements {
   static constexpr int kPerRegister = 2;
+  static __m256 widen(__m128i halves) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
   static void load(const uint32_t* registers, float* values, int count) {
     for (int i = 0; i < count; ++i) {
       values[2 * i] = float_of(registers[i] << 16);

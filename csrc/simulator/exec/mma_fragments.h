@@ -50,15 +50,18 @@ inline void split_rows(const float* rows, uint32_t* even, uint32_t* odd) {
 // to[j][i] = from[i][j] of 8 x 8 elements of 16 bits; rows of both are 16 bytes apart and `to` is
 // aligned.
 inline void transpose_halves(const __m128i from[8], __m128i* to) {
-  __m128i a[8], b[8];
+  __m128i a[8], b[8];  // in registers: unrolled early
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     a[2 * i] = _mm_unpacklo_epi16(from[i], from[i + 4]);
     a[2 * i + 1] = _mm_unpackhi_epi16(from[i], from[i + 4]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
     b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     _mm_store_si128(to + 2 * i, _mm_unpacklo_epi16(b[i], b[i + 4]));
     _mm_store_si128(to + 2 * i + 1, _mm_unpackhi_epi16(b[i], b[i + 4]));

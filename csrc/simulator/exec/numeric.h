@@ -1,5 +1,5 @@
 // Floating-point formats narrower than double, as bits: decoding, and encoding in every rounding
-// mode.
+// mode. Saturation.
 #pragma once
 
 #include <bit>
@@ -162,6 +162,10 @@ inline float flush(float value) {
 // .sat: clamped to [0, 1], NaN to +0.
 inline float saturate(float value) { return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f; }
 inline double saturate(double value) { return value > 0.0 ? (value < 1.0 ? value : 1.0) : 0.0; }
+
+constexpr int32_t clamp_to_s32(int64_t value) {
+  return int32_t(value > INT32_MAX ? INT32_MAX : value < INT32_MIN ? INT32_MIN : value);
+}
 
 // The float with an odd last bit next to an inexact value (round to odd): rounding it once more, to
 // at most 22 bits, gives what rounding the value itself would have given.

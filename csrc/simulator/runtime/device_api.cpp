@@ -1,4 +1,5 @@
 // The device's properties, errors, streams and events.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,12 @@ thread_local int last_error = 0;
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr int kMaxGrid[3] = {0x7fffffff, 65535, 65535};
 constexpr int kMaxBlock[3] = {1024, 1024, 64};
+
+// What programs are told: with options.max_sms the device has no more of them.
+int num_sms(const DeviceModel& model) {
+  const int most = int(Process::get().options.max_sms);
+  return most == 0 ? model.num_sms : std::min(model.num_sms, most);
+}
 }  // namespace
 
 cudaError_t set_error(int error, const std::string& message) {
@@ -86,7 +93,7 @@ FUSED_PEFT_SIM_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* propertie
   properties->major = model.major;
   properties->minor = model.minor;
   properties->textureAlignment = 512;
-  properties->multiProcessorCount = model.num_sms;
+  properties->multiProcessorCount = num_sms(model);
   properties->canMapHostMemory = 1;
   properties->concurrentKernels = 1;
   properties->unifiedAddressing = 1;
@@ -127,7 +134,7 @@ FUSED_PEFT_SIM_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr
     case cudaDevAttrClockRate: *value = model.clock_khz; break;
     case cudaDevAttrMemoryClockRate: *value = model.memory_clock_khz; break;
     case cudaDevAttrGlobalMemoryBusWidth: *value = model.memory_bus_bits; break;
-    case cudaDevAttrMultiProcessorCount: *value = model.num_sms; break;
+    case cudaDevAttrMultiProcessorCount: *value = num_sms(model); break;
     case cudaDevAttrL2CacheSize: *value = int(model.l2_bytes); break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = model.threads_per_sm; break;
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = model.blocks_per_sm; break;

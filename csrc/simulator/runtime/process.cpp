@@ -54,11 +54,11 @@ void report_at_exit() {
 
 Module& LoadedModule::module() {
   if (!error_.empty()) throw Unsupported(error_);
-  if (!module_) {
-    const DeviceModel& device = *Process::get().device;
-    module_ = Module::parse(choose_image(images_, device.major * 10 + device.minor).text);
-  }
-  return *module_;
+  const DeviceModel& device = *Process::get().device;
+  const PtxImage& image = choose_image(images_, device.major * 10 + device.minor);
+  std::unique_ptr<Module>& module = modules_[&image];
+  if (!module) module = Module::parse(image.text);
+  return *module;
 }
 
 Process& Process::get() {

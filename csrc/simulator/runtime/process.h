@@ -16,7 +16,7 @@
 
 namespace fused_peft::sim {
 
-// A PTX text or fat binary; parsed for the current device when first needed.
+// A PTX text or fat binary; an image is parsed when a device first needs it.
 class LoadedModule {
  public:
   explicit LoadedModule(std::vector<PtxImage> images, std::shared_ptr<std::string> text = nullptr)
@@ -29,7 +29,7 @@ class LoadedModule {
   std::vector<PtxImage> images_;
   std::shared_ptr<std::string>
       text_;  // keeps the text alive where the caller's does not outlive the call
-  std::unique_ptr<Module> module_;
+  std::unordered_map<const PtxImage*, std::unique_ptr<Module>> modules_;
   std::string error_;
 };
 

@@ -1,0 +1,52 @@
+// Parameters of the LoRA layer's forward pass in a single launch (sm_90a), and what lasts from one
+// launch to the next.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/gemm_params_sm90.h"
+#include "kernels/cuda/lora_linear_config.h"
+
+namespace fused_peft::cuda {
+
+// In device memory, zero before the first launch. Launches that share one run after one another.
+struct SingleLaunchState {
+  uint32_t next_tile = 0;
+  uint32_t finished = 0;  // CTAs
+  uint32_t epoch = 0;     // launches that are complete
+  uint32_t unused = 0;
+  // Of each row tile, of each warp that accumulates 16 of its rows: epoch + 1 when s is there.
+  // Never cleared: the next launch waits for another value.
+  uint32_t published[kSingleLaunchRowTiles][8];
+};
+static_assert(sizeof(SingleLaunchState) <= kSingleLaunchStateBytes);
+
+struct LoraSingleParams {
+  CUtensorMap x, weight, lora_a, lora_b, c;
+  int32_t m = 0, n = 0, k = 0, r = 0;
+  int32_t tiles_m = 0, tiles_n = 0;
+  int32_t raster_rows = 1;
+  double scaling = 1.0;
+  const void* bias = nullptr;
+  float* s = nullptr;  // [M, R]
+  SingleLaunchState* state = nullptr;
+};
+
+template <int BLOCK_N_, int kStages_, int kDown_>
+struct LoraSingleTile {
+  static constexpr int BLOCK_M = 128, BLOCK_N = BLOCK_N_, BLOCK_K = kSwizzledColumns;
+  static constexpr int kStages = kStages_;
+  static constexpr int kDown = kDown_;  // columns of s, R rounded up
+  static constexpr int kRowBlocks = 1, kWarps = 8, kThreads = 384;
+  static constexpr int kStageBytesA = BLOCK_M * BLOCK_K * 2, kStageBytesB = BLOCK_N * BLOCK_K * 2;
+  static constexpr int kStageBytesDown = kDown * BLOCK_K * 2;
+  static constexpr int kStageBytes = kStageBytesA + kStageBytesB + kStageBytesDown;
+  static constexpr int kStoreBoxRows = 16, kStoreBoxBytes = kStoreBoxRows * BLOCK_K * 2;
+  static constexpr int kStoreBytes = kWarps * 2 * kStoreBoxBytes;
+  static constexpr int kTileSlots = 2;
+  static constexpr int kBarrierBytes = 8 * 2 * (kStages + kTileSlots) + 4 * kTileSlots;
+  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStoreBytes + kBarrierBytes;
+  static_assert(kStageBytesDown % 1024 == 0 && kSharedBytes <= 227 * 1024);
+};
+
+}  // namespace fused_peft::cuda
