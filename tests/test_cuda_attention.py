@@ -16,7 +16,7 @@ from backends import A100, H100, RTX4090, SIMULATED_CUDA, forced, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2 import two_layers_of_smollm2
-from test_attention_ops import NAMES, assert_no_worse_than_torch, make, run
+from test_attention_ops import NAMES, assert_no_worse_than_torch, concat_sdpa, exact, make, run
 
 from fused_peft import _C, PrefixTuningConfig, get_peft_model, ops, simulator
 
@@ -183,7 +183,8 @@ def test_cascade_reads_a_shared_prefix_once_for_the_batch():
 
 # ---- right over many problems and schedules
 
-# Wide query tiles, and cascades of one tile, of more than one, without keys, and of few heads.
+# Wide query tiles; cascades of one tile, of more than one, without keys; splits of the
+# prefix's gradient that take more than one batch row.
 CHOSEN = {
     "wide 64": ((11, 24, 12, 100, 130, 64, 20), {"query_rows": 128}),
     "wide 96": ((11, 24, 24, 100, 100, 80, 3), {"query_rows": 128}),
@@ -192,12 +193,13 @@ CHOSEN = {
     "cascade 128": ((20, 12, 3, 1, 5, 128, 70), {"forward": "cascade decode", "cascade_tiles": 2}),
     "cascade 256": ((9, 2, 1, 16, 33, 200, 300), {"forward": "cascade decode", "cascade_tiles": 5}),
     "cascade without keys": ((9, 4, 2, 3, 0, 96, 50), {"forward": "cascade decode"}),
+    "many rows": ((40, 16, 8, 1, 2, 64, 3), {"prefix_splits": 33}),
 }
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_wide_tiles_and_cascades(name, half):
+def test_choices_that_small_problems_do_not_get(name, half):
     shape, expected = CHOSEN[name]
     got = plan(shape, H100)
     assert {key: got[key] for key in expected} == expected
@@ -245,6 +247,26 @@ def test_drawn_problems_have_no_findings(problem, half, layout, batched, timing,
     schedule = simulator.options(seed=seed, async_timing=timing, max_sms=2 + seed % 3)
     with forced(SIMULATED_CUDA), schedule:
         assert_no_worse_than_torch(t, **kwargs)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_errors_of_many_draws_together_are_not_above_torchs(half):
+    # One draw of so few queries leaves much to chance; of 24 together, little.
+    shape, draws = (2, 2, 2, 40, 40, 256, 9), 24
+    sums = {}
+    for seed in range(draws):
+        t = make(*shape, half, seed=seed)
+        with forced(SIMULATED_CUDA):
+            ours = run(ops.prefix_attention, t, causal=True)
+        torchs = run(concat_sdpa, t, causal=True)
+        for name, truth in exact(t, causal=True).items():
+            pair = sums.setdefault(name, [0.0, 0.0])
+            for i, result in enumerate((ours, torchs)):
+                pair[i] += relative_error(result[name], truth) ** 2 / draws
+    b, heads, _, queries, *_ = shape
+    by_chance = 4.0 / math.sqrt(draws * b * heads * queries)
+    for name, (error, allowed) in sums.items():
+        assert math.sqrt(error) <= math.sqrt(allowed) * (1 + by_chance), name
 
 
 @pytest.mark.parametrize(
@@ -298,9 +320,9 @@ def test_two_layers_of_smollm2_are_as_near_to_float32_as_with_the_cpu_kernels():
     for part, count in (("forward_kernel", 2), ("dkv_kernel", 2), ("dq_kernel", 1)):
         assert sum(part in kernel for kernel in launched) == count, part
     assert len(truth) > 1
-    for name, exact in truth.items():
+    for name, reference in truth.items():
         # Both round to bfloat16 at the same places, but not the same numbers. A token's errors are
         # not independent of each other, those of two tokens are: see assert_no_worse_than_torch.
         by_chance = 4.0 / math.sqrt(length)
-        error, allowed = (relative_error(run_[name], exact.double()) for run_ in (ours, cpu))
+        error, allowed = (relative_error(run_[name], reference.double()) for run_ in (ours, cpu))
         assert error <= allowed * (1 + by_chance), (name, error, allowed)

@@ -70,7 +70,8 @@ FAULTS = {
         "ptx::cp_async_wait<0>();\n    }"),
 }  # fmt: skip
 
-# B, Hq, Hkv, S, T, D, P. Tiles of a prefix and of a causal sequence; decode, split; a cascade.
+# B, Hq, Hkv, S, T, D, P. Tiles of a prefix and of a causal sequence; a window; decode, split; a
+# cascade; more batch rows than splits of the prefix's gradient.
 CHECK = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -82,6 +83,7 @@ PROBLEMS = [
     ((1, 2, 1, 100, 100, 64, 8), {"causal": True, "sliding_window": 20}),
     ((1, 4, 2, 3, 300, 64, 5), {"causal": True}),
     ((9, 4, 2, 1, 20, 64, 130), {}),
+    ((40, 16, 8, 1, 2, 64, 3), {}),
 ]
 for shape, options in PROBLEMS:
     for timing in ("late", "early"):

@@ -30,6 +30,8 @@ struct AttentionForward {
   static constexpr int kRows = kRowBlocks * kAttentionRows;
   static constexpr int kKeys = forward_block_keys(kHead, kRows), kStages = 2;
   static constexpr bool kQueriesInRegisters = kRowBlocks == 1 && kHead <= 128;
+  // Where there are registers for it.
+  static constexpr bool kVoteOnRescale = kHead * kRowBlocks < 256;
   static constexpr int kQueryBytes = Tile::bytes(kRows), kTileBytes = Tile::bytes(kKeys);
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kTileBytes;
   static_assert(kSharedBytes <= 99 * 1024);
@@ -309,18 +311,15 @@ __global__ void __launch_bounds__(kAttentionThreads)
         hide_keys<kScores>(scores + r * kScores, seen(16 * r), seen(16 * r + 8),
                            prefix ? nullptr : BatchRow(problem, rows.batch).mask, key, lane);
     }
-    float rescale[kRowBlocks][2];
-    bool moved = false;
 #pragma unroll
     for (int r = 0; r < kRowBlocks; ++r) {
-      softmax[r].template update<kScores>(scores + r * kScores, scale_log2, rescale[r]);
-      moved |= rescale[r][0] != 1.f || rescale[r][1] != 1.f;
-    }
-    // Later tiles often leave all rows' largest scores where they were.
-    if (__any_sync(0xffffffffu, moved)) {
+      float rescale[2];
+      softmax[r].template update<kScores>(scores + r * kScores, scale_log2, rescale);
+      // Later tiles often leave all rows' largest scores where they were.
+      if (Kernel::kVoteOnRescale && __all_sync(0xffffffffu, rescale[0] == 1.f && rescale[1] == 1.f))
+        continue;
 #pragma unroll
-      for (int i = 0; i < 4 * kRowBlocks * kOut; ++i)
-        out[i / 4][i % 4] *= rescale[i / 4 / kOut][i % 4 / 2];
+      for (int i = 0; i < 4 * kOut; ++i) out[r * kOut + i / 4][i % 4] *= rescale[i % 4 / 2];
     }
     // Keeps the loads of V behind the scores: the compiler would begin them before, and spill.
     if (kRowBlocks > 1) __syncwarp();
