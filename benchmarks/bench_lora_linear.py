@@ -1,15 +1,13 @@
-"""One LoRA linear layer: fused_peft against nn.Linear alone, HF PEFT's layer and plain addmm.
+"""One LoRA linear layer: fused_peft against nn.Linear alone, HF PEFT's layer and other orders.
 
     python benchmarks/bench_lora_linear.py --dtype bfloat16 --json out.json --plot out.png
+    python benchmarks/bench_lora_linear.py --device cuda
+    python benchmarks/bench_lora_linear.py --device simulated-cuda
 
-Peers, all with the same weights and rank:
-    linear    nn.Linear without any adapter: the floor of every unfused design
-    peft      Hugging Face PEFT's lora.Linear with its defaults (float32 adapters)
-    addmm     y = x W^T, then addmm_ of the low-rank update, adapters in the base dtype
-    ours      fused_peft.LoraLinear, adapters in the base dtype
-    ours-fp32 fused_peft.LoraLinear with float32 adapters, PEFT's default
-Times are interleaved medians, over several placements of the tensors in memory; ratios below 1
-mean that ours is faster.
+The peers are in lora_peers.py. Times are interleaved medians; on the CPU over several placements of
+the tensors in memory, on a GPU of CUDA-graph replays with the L2 cache flushed. Ratios below 1 mean
+that ours is faster. ``simulated-cuda`` runs the CUDA kernels without a GPU and prints what they do
+instead of how long they take.
 """
 
 from __future__ import annotations
@@ -20,10 +18,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from lora_counts import count
+from lora_peers import PEERS, build
 from timing import (
-    interleaved_medians,
     keep_freed_memory,
     machine,
+    medians,
     plot_relative,
     print_geomeans,
     print_table,
@@ -31,66 +31,18 @@ from timing import (
 )
 from torch import Tensor, nn
 
-from fused_peft import LoraLinear
-
 # M x K x N: SmolLM2-135M's projections at 512 tokens, two square layers, and decoding on those.
 DEFAULT_SHAPES = (
     "512x576x576,512x576x192,512x576x1536,512x1536x576,512x2048x2048,512x4096x4096,"
     "1x2048x2048,16x2048x2048,1x4096x4096,16x4096x4096"
 )
-PEERS = ("linear", "peft", "addmm", "ours", "ours-fp32")
-
-
-class AddmmLora(nn.Module):
-    """The base product, then ``addmm_`` of the low-rank update into it."""
-
-    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        super().__init__()
-        self.linear, self.scaling = linear, scaling
-        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[M, K] -> [M, N]``."""
-        y = self.linear(x)
-        s = x @ self.lora_a.t()
-        if torch.is_grad_enabled():
-            return torch.addmm(y, s, self.lora_b.t(), alpha=self.scaling)
-        return y.addmm_(s, self.lora_b.t(), alpha=self.scaling)
-
-
-def peft_layer(linear: nn.Linear, r: int, alpha: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    model = nn.ModuleDict({"proj": linear})
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["proj"])
-    return get_peft_model(model, config).base_model.model["proj"]
-
-
-def build(peers: list[str], k: int, n: int, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    base = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
-
-    def fresh() -> nn.Linear:  # the same weight tensor for all
-        linear = nn.Linear(k, n, bias=False, dtype=dtype, device="meta")
-        linear.weight = base.weight
-        return linear
-
-    lora_a, lora_b = torch.randn(r, k) / k**0.5, torch.randn(n, r)
-    alpha = 2 * r
-    layers: dict[str, nn.Module] = {"linear": fresh()}
-    if "peft" in peers:
-        layers["peft"] = peft_layer(fresh(), r, alpha)
-        layers["peft"].lora_A["default"].weight.data.copy_(lora_a)  # type: ignore[union-attr]
-        layers["peft"].lora_B["default"].weight.data.copy_(lora_b)  # type: ignore[union-attr]
-    layers["addmm"] = AddmmLora(fresh(), lora_a.to(dtype), lora_b.to(dtype), 2.0)
-    for name, adapter_dtype in (("ours", dtype), ("ours-fp32", torch.float32)):
-        layer = LoraLinear.from_linear(fresh(), r=r, lora_alpha=alpha, adapter_dtype=adapter_dtype)
-        layer.lora_A["default"].data.copy_(lora_a)
-        layer.lora_B["default"].data.copy_(lora_b)
-        layers[name] = layer
-    if dtype == torch.float32:
-        del layers["ours-fp32"]
-    return {name: layer for name, layer in layers.items() if name in peers}
+# The problem that the simulator's counts are quoted for, and a small one that takes one launch.
+COUNTED_SHAPES = "512x1024x1024,512x576x192,8x1024x1024"
+DEFAULT_PEERS = {
+    "cpu": "linear,peft,unsloth,lorafusion,ours,ours-fp32",
+    "cuda": ",".join(PEERS),
+    "simulated-cuda": "linear,ours",
+}
 
 
 def forward_runs(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
@@ -123,13 +75,14 @@ def measure(args: argparse.Namespace, shape: str, dtype: torch.dtype) -> list[di
     by_pass: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.placements):
         _shift = torch.ones(sizes.randrange(1 << 20))
-        layers = build(args.peers, k, n, args.r, dtype)
-        x, dy = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
+        layers = build(args.peers, k, n, args.r, dtype, args.device)
+        x = torch.randn(m, k, dtype=dtype, device=args.device)
+        dy = torch.randn(m, n, dtype=dtype, device=args.device)
         with torch.no_grad():
-            times = interleaved_medians(forward_runs(layers, x), seconds=seconds)
+            times = medians(args.device)(forward_runs(layers, x), seconds=seconds)
         by_pass.setdefault("decode" if m <= 16 else "forward", []).append(times)
         if m > 16:
-            times = interleaved_medians(training_runs(layers, x, dy), seconds=seconds)
+            times = medians(args.device)(training_runs(layers, x, dy), seconds=seconds)
             by_pass.setdefault("forward+backward", []).append(times)
     results: list[dict[str, object]] = [
         {
@@ -172,10 +125,10 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cpu", choices=list(DEFAULT_PEERS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
-    parser.add_argument("--shapes", default=DEFAULT_SHAPES, help="MxKxN, comma-separated")
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument("--shapes", help="MxKxN, comma-separated")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="per table row")
     parser.add_argument("--placements", type=int, default=5, help="of the tensors in memory")
@@ -186,7 +139,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json")
     parser.add_argument("--plot")
     args = parser.parse_args()
-    args.peers = args.peers.split(",")
+    if args.shapes is None:
+        args.shapes = COUNTED_SHAPES if args.device == "simulated-cuda" else DEFAULT_SHAPES
+    args.peers = (args.peers or DEFAULT_PEERS[args.device]).split(",")
+    if args.dtype == "float32":
+        args.peers = [p for p in args.peers if p != "ours-fp32"]
     unknown = set(args.peers) - set(PEERS)
     if unknown or not {"linear", "ours"} <= set(args.peers):
         parser.error(f"--peers must hold linear and ours, of {PEERS}; got {args.peers}")
@@ -200,10 +157,13 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    peers = [p for p in args.peers if p != "ours-fp32" or dtype != torch.float32]
     print(f"{machine()}, {args.dtype}, r={args.r}\n")
+    if args.device == "simulated-cuda":
+        counts = [count(shape, args.r, dtype) for shape in args.shapes.split(",")]
+        write_json(args.json, {"dtype": args.dtype, "r": args.r, "counts": counts})
+        return
     results = [r for shape in args.shapes.split(",") for r in measure(args, shape, dtype)]
-    means = report(results, peers)
+    means = report(results, args.peers)
     content = {"machine": machine(), "dtype": args.dtype, "r": args.r}
     write_json(args.json, content | {"results": results, "geomeans": means})
     if args.plot:
@@ -213,7 +173,7 @@ def main() -> None:
             args.plot,
             seconds,
             labels,
-            peers,
+            args.peers,
             "linear",
             f"LoRA linear layer, {args.dtype}, r={args.r}",
         )

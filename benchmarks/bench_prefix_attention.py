@@ -1,26 +1,29 @@
 """Prefix attention: fused_peft against concatenation + SDPA, and against no prefix at all.
 
     python benchmarks/bench_prefix_attention.py --dtype bfloat16 --json out.json --plot out.png
+    python benchmarks/bench_prefix_attention.py --device cuda
+    python benchmarks/bench_prefix_attention.py --device simulated-cuda
 
-Peers, all on the same tensors, which lie in memory as a projection leaves them ([B, S, H, D]):
-    bare      scaled_dot_product_attention without the prefix: the floor of every unfused design
-    concat    the prefix expanded over the batch and concatenated with k and v, then SDPA with the
-              mask that makes the prefix visible: what PEFT and transformers do
-    ours      fused_peft.prefix_attention
-Times are interleaved medians; ratios below 1 mean that ours is faster. MB is what the process's
-peak memory grew by during the pass, the outputs included.
+The peers are in attention_peers.py, all on the same tensors, which lie in memory as a projection
+leaves them ([B, S, H, D]). Times are interleaved medians, on a GPU of CUDA-graph replays with the
+L2 cache flushed; ratios below 1 mean that ours is faster. MB is what the peak memory grew by during
+the pass, the outputs included. ``simulated-cuda`` runs the CUDA kernels without a GPU and prints
+what they do instead of how long they take.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from attention_peers import PEERS, Attention, available, build
+from counts import print_launches, simulated_passes
 from timing import (
-    interleaved_medians,
     keep_freed_memory,
     machine,
+    medians,
     peak_growth,
     plot_relative,
     print_geomeans,
@@ -28,7 +31,6 @@ from timing import (
     write_json,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 from fused_peft import prefix_attention
 
@@ -37,29 +39,12 @@ from fused_peft import prefix_attention
 DEFAULT_PROBLEMS = (
     "4x9x3x128x64x32,2x9x3x512x64x32,1x9x3x2048x64x64,1x32x8x1024x128x128,8x9x3x1x64x32x512"
 )
-PEERS = ("bare", "concat", "ours")
-Attention = Callable[..., Tensor]
-
-
-def peers_for(batch: int, queries: int, keys: int, prefix: int) -> dict[str, Attention]:
-    # One query sees all keys: no mask is needed, and SDPA is faster without.
-    mask = None
-    if queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-        mask = F.pad(mask, (prefix, 0), value=True)
-
-    def concat(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        k = torch.cat((prefix_k.expand(batch, -1, -1, -1), k), dim=2)
-        v = torch.cat((prefix_v.expand(batch, -1, -1, -1), v), dim=2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    def bare(q: Tensor, k: Tensor, v: Tensor, _prefix_k: Tensor, _prefix_v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True)
-
-    def ours(*operands: Tensor) -> Tensor:
-        return prefix_attention(*operands, causal=True)
-
-    return {"bare": bare, "concat": concat, "ours": ours}
+COUNTED_PROBLEMS = "1x4x2x512x64x64,1x2x1x512x128x64,1x4x2x1x64x64x1024"
+DEFAULT_PEERS = {
+    "cpu": ["bare", "concat", "ours"],
+    "cuda": [name for name in PEERS if available(name)],
+    "simulated-cuda": ["bare", "ours"],
+}
 
 
 def forward(attention: Attention, operands: list[Tensor]) -> None:
@@ -72,19 +57,72 @@ def training(attention: Attention, operands: list[Tensor], dout: Tensor) -> None
     torch.autograd.grad(out, operands, dout, allow_unused=True)
 
 
-def measure(args: argparse.Namespace, problem: str, dtype: torch.dtype) -> list[dict[str, object]]:
-    b, hq, hkv, s, d, p, *more = (int(part) for part in problem.split("x"))
-    t = more[0] if more else s
-    torch.manual_seed(0)
+@dataclass(frozen=True)
+class Problem:
+    """Sizes as in ``prefix_attention``; causal."""
 
-    def heads(count: int, length: int) -> Tensor:
-        return torch.randn(b, length, count, d).to(dtype).transpose(1, 2)
+    batch: int
+    q_heads: int
+    kv_heads: int
+    queries: int
+    head_dim: int
+    prefix: int
+    keys: int
 
-    q, k, v, dout = heads(hq, s), heads(hkv, t), heads(hkv, t), heads(hq, s)
-    prefix_k, prefix_v = (torch.randn(hkv, p, d).to(dtype) for _ in range(2))
-    operands = [x.requires_grad_() for x in (q, k, v, prefix_k, prefix_v)]
-    peers = {n: f for n, f in peers_for(b, s, t, p).items() if n in args.peers}
-    pairs = b * hq * (s * p + s * (t - s) + s * (s + 1) // 2)  # of queries and keys they see
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """``BxHqxHkvxSxDxP`` or ``...xPxT``."""
+        sizes = [int(part) for part in text.split("x")]
+        return cls(*sizes, *([sizes[3]] if len(sizes) == 6 else []))
+
+    def pairs(self) -> int:
+        """Of queries and keys that they see."""
+        s, t = self.queries, self.keys
+        return self.batch * self.q_heads * (s * self.prefix + s * (t - s) + s * (s + 1) // 2)
+
+    def operands(self, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+        """``q, k, v, prefix_k, prefix_v`` that take gradients, and ``dout``."""
+        torch.manual_seed(0)
+
+        def heads(count: int, length: int) -> Tensor:
+            drawn = torch.randn(self.batch, length, count, self.head_dim, device=device)
+            return drawn.to(dtype).transpose(1, 2)
+
+        q, dout = (heads(self.q_heads, self.queries) for _ in range(2))
+        k, v = (heads(self.kv_heads, self.keys) for _ in range(2))
+        learned = (
+            torch.randn(self.kv_heads, self.prefix, self.head_dim, device=device).to(dtype)
+            for _ in range(2)
+        )
+        return [x.requires_grad_() for x in (q, k, v, *learned)], dout
+
+
+# Matrix products over a head's pairs: q k^T and p v forward; those of dv, dp, dq, dk and the scores
+# once more backward.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+
+
+def count(text: str, dtype: torch.dtype) -> dict[str, object]:
+    """Counts and prints the CUDA kernels' launches of one problem in the simulator."""
+    problem = Problem.parse(text)
+    operands, dout = problem.operands(dtype, "cpu")
+    product = 2 * problem.pairs() * problem.head_dim
+    passes = simulated_passes(
+        lambda: prefix_attention(*operands, causal=True),
+        dout,
+        FORWARD_PRODUCTS * product,
+        BACKWARD_PRODUCTS * product,
+    )
+    print_launches(text, passes)
+    print()
+    return {"problem": text, "passes": [p.summary() for p in passes]}
+
+
+def measure(args: argparse.Namespace, text: str, dtype: torch.dtype) -> list[dict[str, object]]:
+    problem = Problem.parse(text)
+    s = problem.queries
+    operands, dout = problem.operands(dtype, args.device)
+    peers = build(args.peers, problem.batch, s, problem.keys, problem.prefix, args.device)
     runs: dict[str, dict[str, Callable[[], object]]] = {
         "decode" if s == 1 else "forward": {
             n: (lambda f=f: forward(f, operands)) for n, f in peers.items()
@@ -96,15 +134,17 @@ def measure(args: argparse.Namespace, problem: str, dtype: torch.dtype) -> list[
         }
     results = []
     for name, by_peer in runs.items():
-        seconds = interleaved_medians(by_peer, seconds=args.seconds)
-        products = 7 if name == "forward+backward" else 2
+        seconds = medians(args.device)(by_peer, seconds=args.seconds)
+        products = FORWARD_PRODUCTS
+        if name == "forward+backward":
+            products += BACKWARD_PRODUCTS
         results.append(
             {
-                "problem": problem,
+                "problem": text,
                 "pass": name,
                 "seconds": seconds,
-                "megabytes": {n: peak_growth(run) / 1e6 for n, run in by_peer.items()},
-                "gflops": 2e-9 * products * pairs * d / seconds["ours"],
+                "megabytes": {n: peak_growth(run, args.device) / 1e6 for n, run in by_peer.items()},
+                "gflops": 2e-9 * products * problem.pairs() * problem.head_dim / seconds["ours"],
             }
         )
     return results
@@ -133,12 +173,10 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cpu", choices=list(DEFAULT_PEERS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
-    parser.add_argument(
-        "--problems", default=DEFAULT_PROBLEMS, help="BxHqxHkvxSxDxP or ...xPxT, comma-separated"
-    )
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument("--problems", help="BxHqxHkvxSxDxP or ...xPxT, comma-separated")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--seconds", type=float, default=2.0, help="per table row")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
@@ -147,7 +185,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json")
     parser.add_argument("--plot")
     args = parser.parse_args()
-    args.peers = args.peers.split(",")
+    if args.problems is None:
+        args.problems = COUNTED_PROBLEMS if args.device == "simulated-cuda" else DEFAULT_PROBLEMS
+    args.peers = args.peers.split(",") if args.peers else DEFAULT_PEERS[args.device]
     if set(args.peers) - set(PEERS) or not {"bare", "ours"} <= set(args.peers):
         parser.error(f"--peers must hold bare and ours, of {PEERS}; got {args.peers}")
     return args
@@ -161,6 +201,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     print(f"{machine()}, {args.dtype}\n")
+    if args.device == "simulated-cuda":
+        counts = [count(problem, dtype) for problem in args.problems.split(",")]
+        write_json(args.json, {"dtype": args.dtype, "counts": counts})
+        return
     results = [r for problem in args.problems.split(",") for r in measure(args, problem, dtype)]
     means = report(results, args.peers)
     content = {"machine": machine(), "dtype": args.dtype}

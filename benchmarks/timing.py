@@ -8,7 +8,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,79 @@ def interleaved_medians(
         for _ in range(2):
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    started = time.perf_counter()
-    rounds = 0
-    while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() - started < seconds):
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
-            begin = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - begin)
-        rounds += 1
+    for name in _turns(list(runs), seconds, min_rounds, max_rounds):
+        begin = time.perf_counter()
+        runs[name]()
+        times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_growth(run: Callable[[], object]) -> float:
-    """Bytes by which a call raises the peak of the process's resident memory (Linux), else NaN.
+def graph_medians(
+    runs: dict[str, Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int = 7,
+    max_rounds: int = 400,
+) -> dict[str, float]:
+    """Median seconds on the current GPU of a CUDA-graph replay of each callable, run in turn.
 
-    Freed memory goes back to the system first, and the kernel's record of the peak is reset.
+    The L2 cache is flushed before every replay: a layer's operands come from memory in a model,
+    too. A graph leaves the launches' cost on the host out, for all alike.
     """
+    graphs = {name: _captured(run) for name, run in runs.items()}
+    flush = torch.empty(
+        2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda"
+    )
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name in _turns(list(runs), seconds, min_rounds, max_rounds):
+        flush.zero_()
+        begin.record()
+        graphs[name].replay()
+        end.record()
+        end.synchronize()
+        times[name].append(begin.elapsed_time(end) * 1e-3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def medians(device: str) -> Callable[..., dict[str, float]]:
+    """What times callables on a device."""
+    return graph_medians if device == "cuda" else interleaved_medians
+
+
+def _turns(names: list[str], seconds: float, min_rounds: int, max_rounds: int) -> Iterator[str]:
+    """The names over and over for a number of seconds; the order turns by one each round."""
+    started = time.perf_counter()
+    rounds = 0
+    while rounds < max_rounds and (rounds < min_rounds or time.perf_counter() - started < seconds):
+        yield from names[rounds % len(names) :] + names[: rounds % len(names)]
+        rounds += 1
+
+
+def peak_growth(run: Callable[[], object], device: str) -> float:
+    """Bytes by which a call raises the peak of the GPU memory in use, or of the process's.
+
+    On the CPU freed memory goes back to the system first, and the kernel's record of the peak is
+    reset; NaN where that is not Linux's.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return float(torch.cuda.max_memory_allocated() - before)
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists() or platform.libc_ver()[0] != "glibc":
         return math.nan
@@ -69,9 +125,9 @@ def peak_growth(run: Callable[[], object]) -> float:
 
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")
-    before = kilobytes("VmRSS")
+    resident = kilobytes("VmRSS")
     run()
-    return (kilobytes("VmHWM") - before) * 1024.0
+    return (kilobytes("VmHWM") - resident) * 1024.0
 
 
 def geomean(values: list[float]) -> float:
@@ -90,12 +146,13 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return {
+    facts = {
         "cpu": model,
         "threads": torch.get_num_threads(),
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
     }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -37,11 +37,11 @@ class Fault(NamedTuple):
     new: str
 
 
-def build(folder: Path, source: str, fault: Fault | None = None) -> Path:
-    """A simulated_cuda.so whose ``source``, a file of csrc/kernels/cuda, has the fault."""
+def build(folder: Path, source: str, *faults: Fault) -> Path:
+    """A simulated_cuda.so whose ``source``, a file of csrc/kernels/cuda, has the faults."""
     kernels = folder / "kernels"
     shutil.copytree(ROOT / "csrc/kernels", kernels)
-    if fault:
+    for fault in faults:
         path = kernels / "cuda" / fault.header
         text = path.read_text()
         assert fault.old in text, "the kernel has changed: this fault needs another text"

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from backends import SIMULATED_CUDA, forced
 from cuda_programs import NVCC, build, cutlass, run
+from test_lora_ops import make
 
 from fused_peft import simulator
 
@@ -23,6 +26,7 @@ def programs(tmp_path_factory):
     sources = {
         "cub": (Path(__file__).parent / "cuda/cub_algorithms.cu", "80"),
         "collective_gemm": (Path(__file__).parent / "cuda/collective_gemm.cu", "90a"),
+        "dual_source_gemm": (Path(__file__).parent / "cuda/dual_source_gemm.cu", "90a"),
         "sgemm_sm80": (tutorials / "sgemm_sm80.cu", "80"),
         "wgmma_sm90": (tutorials / "hopper/wgmma_sm90.cu", "90a"),
         "wgmma_tma_sm90": (tutorials / "hopper/wgmma_tma_sm90.cu", "90a"),
@@ -59,6 +63,11 @@ def product(run, m, n, k):
     b = run.buffer(1, np.float16, (n, k)).astype(np.float64)
     c = run.buffer(2, np.float16, (n, m)).T.astype(np.float64)
     return a @ b.T, c
+
+
+def bfloat16(result, number, rows, columns):
+    bits = result.buffer(number, np.uint16, (rows, columns)).astype(np.uint32) << 16
+    return bits.view(np.float32).astype(np.float64)
 
 
 def relative_error(out, expected):
@@ -116,10 +125,35 @@ def test_cutlass_collective_gemm_sm90(programs, tmp_path, shape):
     assert result.code == 0, result.errors
     assert result.findings == []
 
-    def bfloat16(number, rows, columns):
-        bits = result.buffer(number, np.uint16, (rows, columns)).astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
-
-    expected = bfloat16(0, m, k) @ bfloat16(1, n, k).T
+    expected = bfloat16(result, 0, m, k) @ bfloat16(result, 1, n, k).T
     # The integers add up exactly in float32; what is left is one rounding to bfloat16.
-    assert np.all(np.abs(bfloat16(2, m, n) - expected) <= np.abs(expected) * 2**-8)
+    assert np.all(np.abs(bfloat16(result, 2, m, n) - expected) <= np.abs(expected) * 2**-8)
+
+
+@pytest.mark.skipif(not simulator.has_kernels(), reason="no nvcc, so no CUDA kernels were built")
+@pytest.mark.parametrize("shape", [(256, 128, 128, 16), (300, 200, 184, 72)], ids=str)
+def test_cutlass_dual_source_gemm_agrees_with_the_lora_layer(programs, tmp_path, shape):
+    """CUTLASS's main loop with two sources, on the layer's own s, as an independent layer."""
+    m, n, k, r = shape
+    t = make(m, n, k, r, torch.bfloat16, torch.bfloat16)
+    with forced(SIMULATED_CUDA):
+        y, s = torch.ops.fused_peft_simulated.lora_linear(
+            t["x"], t["weight"], t["lora_a"], t["lora_b"], None, 0.7, 0.0, None
+        )
+    operands = [t["x"], t["weight"], s.bfloat16(), t["lora_b"]]
+    files = [tmp_path / f"operand_{i}" for i in range(len(operands))]
+    for file, operand in zip(files, operands, strict=True):
+        operand.contiguous().view(torch.int16).numpy().tofile(file)
+    result = run(programs("dual_source_gemm"), tmp_path, m, n, k, r, *files, seed=r)
+    assert result.code == 0, result.errors
+    assert result.findings == []
+    x, weight, terms, lora_b = (operand.double().numpy() for operand in operands)
+    expected = x @ weight.T + terms @ lora_b.T
+    theirs, ours = bfloat16(result, 4, m, n), y.double().numpy()
+    # One rounding each of the same sum: nearly all elements are the same number.
+    assert relative_error(theirs, expected) < 2**-8
+    assert relative_error(ours, expected) < 2**-8
+    assert np.mean(theirs == ours) > 0.99
+    whole = -(-m // 256) * 256 * -(-n // 128) * 128
+    tiles = -(-k // 64) + -(-r // 64)
+    assert sum(launch.tensor_flop for launch in result.counters) == 2 * whole * tiles * 64

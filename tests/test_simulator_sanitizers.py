@@ -1,6 +1,6 @@
 """The simulator's sanitizers: kernels with one fault each, and the same kernels mended.
 
-The kernels are tests/cuda/sanitizer_faults.cu, whose comments say which line must be named.
+The kernels are tests/cuda/sanitizer_faults*.cu, whose comments say which line must be named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from fused_peft.simulator._library import call
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 pytestmark = [needs_simulator, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
-SOURCE = Path(__file__).parent / "cuda" / "sanitizer_faults.cu"
+FOLDER = Path(__file__).parent / "cuda"
+SOURCES = {"sanitizer_faults.cu": "compute_80", "sanitizer_faults_sm90.cu": "compute_90a"}
+Modules = dict[str, simulator.Module]  # by file
 THREADS = 128
 
 
@@ -92,6 +94,12 @@ ARGUMENTS = {
     "copy_over_readers": lambda: [quads(), quads()],
     "matrix_load_not_waited": lambda: [quads(), ints(32)],
     "copy_from_behind_end": lambda: [quads(), quads()],
+    "mbarrier_init_without_fence": lambda: [ints(2 * THREADS)],
+    "multicast_before_init": lambda: [ints(), ints(2 * THREADS)],
+    "store_to_remote_before_cluster_barrier": lambda: [ints(2 * THREADS)],
+    "bulk_store_without_proxy_fence": lambda: [ints(2 * THREADS)],
+    "refill_over_readers": lambda: [ints(2 * THREADS), ints(2 * THREADS)],
+    "bulk_load_not_waited": lambda: [ints(), ints(2 * THREADS)],
 }
 BLOCKS = {
     "blocks_write_one_word": 6,
@@ -110,18 +118,20 @@ SCHEDULES = [(seed, timing) for seed in range(3) for timing in ("early", "late",
 class Expected:
     """Lines of one kernel and the kinds of finding that name them."""
 
+    file: str
     must: dict[int, set[str]] = field(default_factory=dict)
     may: dict[int, set[str]] = field(default_factory=dict)
 
 
 def read_expectations() -> dict[str, Expected]:
     kernels: dict[str, Expected] = {}
-    for number, line in enumerate(SOURCE.read_text().splitlines(), 1):
-        if start := re.match(r"KERNEL (\w+)\(", line):
-            kernels[start[1]] = current = Expected()
-        for word, kinds in re.findall(r"// (expect|or): ([a-z |]+)", line):
-            wanted = current.must if word == "expect" else current.may
-            wanted[number] = {kind.strip() for kind in kinds.split("|")}
+    for file in SOURCES:
+        for number, line in enumerate((FOLDER / file).read_text().splitlines(), 1):
+            if start := re.match(r"KERNEL (\w+)\(", line):
+                kernels[start[1]] = current = Expected(file)
+            for word, kinds in re.findall(r"// (expect|or): ([a-z |]+)", line):
+                wanted = current.must if word == "expect" else current.may
+                wanted[number] = {kind.strip() for kind in kinds.split("|")}
     return kernels
 
 
@@ -129,30 +139,36 @@ EXPECTED = read_expectations()
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> list[simulator.Module]:
-    """The kernels mended, and with their faults."""
-    loaded = []
-    for faulty in (0, 1):
-        ptx = tmp_path_factory.mktemp("faults") / "faults.ptx"
-        command = [NVCC, "-std=c++17", "-lineinfo", "-arch=compute_80", f"-DFAULTY={faulty}"]
-        subprocess.run([*command, "-ptx", SOURCE, "-o", ptx], check=True)
-        loaded.append(simulator.load(ptx.read_text()))
+def modules(tmp_path_factory: pytest.TempPathFactory) -> list[Modules]:
+    """Each file's kernels mended, and with their faults."""
+    loaded: list[Modules] = [{}, {}]
+    for faulty, of_file in enumerate(loaded):
+        for file, architecture in SOURCES.items():
+            ptx = tmp_path_factory.mktemp("faults") / "faults.ptx"
+            command = [NVCC, "-std=c++17", "-lineinfo", f"-arch={architecture}"]
+            subprocess.run(
+                [*command, f"-DFAULTY={faulty}", "-ptx", FOLDER / file, "-o", ptx], check=True
+            )
+            of_file[file] = simulator.load(ptx.read_text())
     return loaded
 
 
-def launch(module: simulator.Module, kernel: str) -> list[simulator.Finding]:
+def launch(modules: Modules, kernel: str) -> list[simulator.Finding]:
     """What the sanitizers find in one launch."""
+    file = EXPECTED[kernel].file
+    cluster = 2 if file == "sanitizer_faults_sm90.cu" else 1
     simulator.reset()
     arguments = ARGUMENTS[kernel]()
     fresh = [a for a in arguments if isinstance(a, Fresh)]
     pointers = {id(a): a.__enter__() for a in fresh}
     try:
-        module.launch(
+        modules[file].launch(
             kernel,
-            BLOCKS.get(kernel, 1),
+            BLOCKS.get(kernel, cluster),
             THREADS,
             [pointers.get(id(a), a) for a in arguments],
             SHARED_BYTES.get(kernel, 0),
+            cluster=cluster,
         )
     except simulator.SimulatorError:
         # A fault ends the launch with an error, as on the device, but never without a finding.
@@ -171,7 +187,7 @@ def schedules() -> Iterator[str]:
 
 def line_of(finding: simulator.Finding) -> int:
     """Of the .cu file: that of the call where the instruction is of an inlined function."""
-    found = re.search(r"sanitizer_faults\.cu:(\d+)$", finding.source)
+    found = re.search(r"sanitizer_faults\w*\.cu:(\d+)$", finding.source)
     assert found, finding
     return int(found[1])
 
@@ -183,7 +199,7 @@ def test_every_kernel_is_tried() -> None:
 
 
 @pytest.mark.parametrize("kernel", EXPECTED)
-def test_fault_is_named_at_its_line(modules: list[simulator.Module], kernel: str) -> None:
+def test_fault_is_named_at_its_line(modules: list[Modules], kernel: str) -> None:
     expected = EXPECTED[kernel]
     for schedule in schedules():
         found = launch(modules[1], kernel)
@@ -195,12 +211,12 @@ def test_fault_is_named_at_its_line(modules: list[simulator.Module], kernel: str
 
 
 @pytest.mark.parametrize("kernel", EXPECTED)
-def test_mended_kernel_is_clean(modules: list[simulator.Module], kernel: str) -> None:
+def test_mended_kernel_is_clean(modules: list[Modules], kernel: str) -> None:
     for schedule in schedules():
         assert launch(modules[0], kernel) == [], schedule
 
 
-def test_finding_says_who_and_where(modules: list[simulator.Module]) -> None:
+def test_finding_says_who_and_where(modules: list[Modules]) -> None:
     launch(modules[1], "global_read_behind_end")
     (finding,) = simulator.findings()
     assert finding.kernel == "global_read_behind_end"
@@ -209,12 +225,12 @@ def test_finding_says_who_and_where(modules: list[simulator.Module]) -> None:
     assert "0 bytes behind the end of" in finding.text
 
 
-def test_race_names_the_other_access(modules: list[simulator.Module]) -> None:
+def test_race_names_the_other_access(modules: list[Modules]) -> None:
     launch(modules[1], "flag_without_fence")
     (finding,) = simulator.findings()
     store = next(
         number
-        for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
+        for number, line in enumerate((FOLDER / "sanitizer_faults.cu").read_text().splitlines(), 1)
         if "data[threadIdx.x] = threadIdx.x;" in line
     )
     assert "block (0,0,0)" in finding.text
@@ -229,7 +245,7 @@ def test_race_names_the_other_access(modules: list[simulator.Module]) -> None:
         ("synccheck", "copy_waited_for_too_few"),
     ],
 )
-def test_check_switched_off(modules: list[simulator.Module], check: str, kernel: str) -> None:
+def test_check_switched_off(modules: list[Modules], check: str, kernel: str) -> None:
     every = ("memcheck", "initcheck", "racecheck", "synccheck")
     with simulator.options(seed=0, checks=tuple(c for c in every if c != check)):
         assert launch(modules[1], kernel) == []
@@ -237,7 +253,9 @@ def test_check_switched_off(modules: list[simulator.Module], check: str, kernel:
         assert launch(modules[1], kernel) != []
 
 
-def test_findings_of_one_instruction_are_counted(modules: list[simulator.Module]) -> None:
+def test_findings_of_one_instruction_are_counted(
+    modules: list[Modules],
+) -> None:
     launch(modules[1], "global_misaligned")
     (finding,) = simulator.findings()
     assert finding.count == THREADS // 32

@@ -101,6 +101,8 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
   out["forward"] = name_of(plan.forward);
   out["forward_launches"] = plan.forward_launches;
   out["backward_launches"] = plan.backward_launches;
+  out["decode_cluster"] = plan.decode.cluster;
+  out["decode_ctas"] = plan.decode.ctas;
   out["gemm"] = gemm(plan.gemm);
   out["gemm_backward"] = gemm(plan.gemm_backward);
   out["down"] = skinny(plan.down);

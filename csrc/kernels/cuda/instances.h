@@ -40,7 +40,13 @@ Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
                    const LaunchContext& context);
 
 template <class Element, class Factor>
-Status launch_decode(int rank, const LoraDecodeParams& params, const LaunchContext& context);
+Status launch_decode(int rank, int64_t ctas, const LoraDecodeParams& params,
+                     const LaunchContext& context);
+
+// Encodes the tensor maps, which take the operands' strides: hence the whole problem.
+template <class Element, class Factor>
+Status launch_decode_sm90(const LoraLinearForward& args, const LoraLinearPlan& plan,
+                          const LaunchContext& context);
 
 template <class Element, class Factor>
 Status launch_dy_pass(const SkinnyChoice& choice, const DyPassParams& params, int64_t extra_ctas,

@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
   __syncthreads();
   const int columns = static_cast<int>(segment_columns(p.r));
   for (int i = threadIdx.x; i < Pass::kRows * columns; i += Pass::kThreads) {
-    const int row = i / columns, column = i % columns;
+    const int row = columns == 16 ? paired_row(i / columns) : i / columns;
+    const int column = i % columns;
     const int64_t m = m0 + row;
     if (m >= p.m) continue;
     float sum = sums[row * Pass::kSumRow + column];
@@ -311,7 +312,8 @@ struct XPass {
   static constexpr int kXBytes = kRowsPerStep * kPanel * 2;
   static constexpr int kStageBytes = kXBytes + Narrow::bytes(kRowsPerStep);
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kSumBytes = kWarps * kPanel * (kRank + 1) * 4;
+  static constexpr int kSumRow = kPanel + 4;  // two ranks' columns, eight each, lie in other banks
+  static constexpr int kSumBytes = kWarps * kRank * kSumRow * 4;
   static constexpr int kSharedBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
 };
 
@@ -397,7 +399,7 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
   ptx::cp_async_wait<0>();
   __syncthreads();
   float* sums = reinterpret_cast<float*>(shared);
-  constexpr int kRow = kRank + 1;
+  constexpr int kRow = Pass::kSumRow;
 #pragma unroll
   for (int block = 0; block < 2; ++block)
 #pragma unroll
@@ -405,17 +407,17 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* at =
-            sums + (warp * kPanel + block * 16 + lane / 4 + half * 8) * kRow + j * 8 + lane % 4 * 2;
+            sums + (warp * kRank + j * 8 + lane % 4 * 2) * kRow + block * 16 + lane / 4 + half * 8;
         at[0] = acc[block][j][2 * half];
-        at[1] = acc[block][j][2 * half + 1];
+        at[kRow] = acc[block][j][2 * half + 1];
       }
   __syncthreads();
   for (int i = threadIdx.x; i < r * kPanel; i += Pass::kThreads) {
     const int row = i / kPanel, column = i % kPanel;
     if (k0 + column >= p.k) continue;
-    float sum = sums[column * kRow + row];
+    float sum = sums[row * kRow + column];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[(w * kPanel + column) * kRow + row];
+    for (int w = 1; w < kWarps; ++w) sum += sums[(w * kRank + row) * kRow + column];
     const int64_t at = (first_rank + row) * p.k + k0 + column;
     if constexpr (sizeof(Factor) == 4)
       static_cast<float*>(p.dlora_a)[at] = sum;

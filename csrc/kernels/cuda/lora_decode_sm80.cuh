@@ -6,11 +6,10 @@
 // launch would cost more than the layer.
 #pragma once
 
+#include "kernels/cuda/lora_linear_config.h"
 #include "kernels/cuda/skinny_sm80.cuh"
 
 namespace fused_peft::cuda {
-
-constexpr int kDecodeColumns = 32;
 
 struct LoraDecodeParams {
   int64_t k = 0, n = 0;

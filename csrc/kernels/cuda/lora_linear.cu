@@ -150,6 +150,7 @@ ForwardJob plan_forward(const LoraLinearParams& p, const LoraLinearPlan& plan,
 template <class Element, class Factor>
 Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan,
               const LaunchContext& context) {
+  if (plan.decode.cluster > 0) return launch_decode_sm90<Element, Factor>(args, plan, context);
   const LoraLinearParams& p = args.problem;
   LoraDecodeParams params;
   params.k = p.k;
@@ -164,7 +165,7 @@ Status decode(const LoraLinearForward& args, const LoraLinearPlan& plan,
   params.s = args.s;
   params.y = args.y;
   params.y_stride = args.y_row_stride;
-  return launch_decode<Element, Factor>(plan.down.rank, params, context);
+  return launch_decode<Element, Factor>(plan.down.rank, plan.decode.ctas, params, context);
 }
 
 template <class Element, class Factor>
@@ -405,8 +406,8 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
   shape.weight_k_major = weight_k_major(p);
   shape.aligned =
       aligned16(p.x.data, p.x.row_stride, p.k) && aligned_weight(p) && p.n % kChunk == 0;
-  shape.factors_aligned = aligned16(p.lora_a.data, p.lora_a.row_stride, p.k) &&
-                          aligned16(p.lora_b.data, p.lora_b.row_stride, p.r);
+  shape.lora_a_aligned = rows_of(p.lora_a, p.r, p.k).aligned;
+  shape.lora_b_aligned = rows_of(p.lora_b, p.n, p.r).aligned;
   return shape;
 }
 

@@ -12,10 +12,10 @@ struct LoraLinearShape {
   int64_t m = 0, n = 0, k = 0, r = 0;
   bool factor_float = false;  // lora_a, lora_b are float32, not x's dtype
   bool dropout = false;
-  bool weight_k_major = true;       // weight [N, K] with K contiguous; else N contiguous
-  bool aligned = true;              // rows of x, weight and y are 16-byte aligned and whole
-  bool factors_aligned = true;      // those of lora_a and lora_b
-  bool single_launch_state = true;  // LaunchContext::single_launch_state is there
+  bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
+  bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
+  bool lora_a_aligned = true, lora_b_aligned = true;  // and those of the factors
+  bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
 };
 
 enum class ForwardPath : int32_t {
@@ -26,11 +26,24 @@ enum class ForwardPath : int32_t {
 };
 
 constexpr int64_t kDecodeMaxTokens = 16;
+constexpr int kDecodeColumns = 32;  // of a CTA of the sm_80 decode kernel
 constexpr int64_t kFusedMaxRank =
     64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
 constexpr int64_t kSingleLaunchRowTiles = 2048;
 constexpr int64_t kSingleLaunchStateBytes = 32 * kSingleLaunchRowTiles + 256;
+
+// Tile of the sm_90 decode kernel: rows of 128 bytes, the widest that TMA swizzles, and as many as
+// keep R / kDecodeBlockN, the share of lora_a in what a CTA reads, under a half.
+constexpr int kDecodeBlockN = 128, kDecodeBlockK = 64;
+// Two CTAs an SM of 228 KiB, of which each CTA's first KiB is the system's.
+constexpr int kDecodeSharedBytes = 113 * 1024;
+constexpr int32_t kMaxCluster = 8;  // that every device with clusters can launch
+
+struct DecodeChoice {
+  int32_t cluster = 0;  // CTAs that split k; 0: the sm_80 kernel, whose warps do
+  int64_t ctas = 0;
+};
 
 enum class GemmKernel : int32_t {
   kSm80 = 0,
@@ -64,6 +77,7 @@ struct SkinnyChoice {
 struct LoraLinearPlan {
   ForwardPath forward = ForwardPath::kTwoLaunches;
   int32_t forward_launches = 0, backward_launches = 0;
+  DecodeChoice decode;
   GemmChoice gemm, gemm_backward;
   SkinnyChoice down, dy_pass, x_pass;
 };
@@ -134,7 +148,8 @@ constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFact
 // clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide tiles.
 constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
   if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
-  if (!p.aligned || !p.factors_aligned || p.factor_float || p.r % 8 != 0) return false;
+  if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
+    return false;
   const int64_t row_tiles = ceil_div(p.m, 128);
   return row_tiles <= kSingleLaunchRowTiles &&
          row_tiles * ceil_div(p.n, 256) <= int64_t{4} * device.num_sms;
@@ -151,6 +166,21 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
 }
 
+// How many CTAs share the columns of a decode tile. The sm_80 kernel remains for rows that TMA
+// cannot address (16-byte steps) and for devices with clusters but less shared memory (sm_120: 99
+// KiB). W is read at full rate only with megabytes under way, so k is split as far as all CTAs are
+// still resident at once: two an SM, and a cluster's within one GPC, whose SMs are taken to be a
+// multiple of the cluster. A CTA without a k-block would only wait.
+constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int64_t tiles = ceil_div(p.n, kDecodeBlockN), blocks = ceil_div(p.k, kDecodeBlockK);
+  if (device.major < 9 || device.shared_per_block < kDecodeSharedBytes || !p.aligned ||
+      !p.lora_a_aligned || blocks == 0)
+    return {0, ceil_div(p.n, kDecodeColumns)};
+  int32_t cluster = kMaxCluster;
+  while (cluster > 1 && (tiles > 2 * (device.num_sms / cluster) || blocks < cluster)) cluster /= 2;
+  return {cluster, tiles * cluster};
+}
+
 // Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
 // few CTAs to fill half the device.
 constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
@@ -165,6 +195,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   LoraLinearPlan plan;
   plan.forward = choose_forward(p, device);
   plan.forward_launches = plan.forward == ForwardPath::kTwoLaunches ? 2 : 1;
+  if (plan.forward == ForwardPath::kDecode) plan.decode = choose_decode(p, device);
   if (plan.forward == ForwardPath::kSingleLaunch)
     plan.gemm = choose_single_launch(p.m, p.n, device);
   else

@@ -14,17 +14,17 @@ Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
 }
 
 template <class Element, class Factor>
-Status launch_decode(int rank, const LoraDecodeParams& params, const LaunchContext& context) {
-  const dim3 grid(unsigned(ceil_div(params.n, kDecodeColumns)));
+Status launch_decode(int rank, int64_t ctas, const LoraDecodeParams& params,
+                     const LaunchContext& context) {
   const auto kernel = rank == 16 ? lora_decode_kernel<Element, Factor, 16>
                                  : lora_decode_kernel<Element, Factor, 64>;
-  return launch(kernel, grid, kSkinnyThreads, 0, context, false, params);
+  return launch(kernel, dim3(unsigned(ctas)), kSkinnyThreads, 0, context, false, params);
 }
 
 }  // namespace fused_peft::cuda
 
-#define FUSED_PEFT_INSTANTIATE_SKINNY(Element, Factor)                              \
-  template Status launch_down<Element, Factor>(int, const LoraDownParams&, int64_t, \
-                                               const LaunchContext&);               \
-  template Status launch_decode<Element, Factor>(int, const LoraDecodeParams&,      \
+#define FUSED_PEFT_INSTANTIATE_SKINNY(Element, Factor)                                  \
+  template Status launch_down<Element, Factor>(int, const LoraDownParams&, int64_t,     \
+                                               const LaunchContext&);                   \
+  template Status launch_decode<Element, Factor>(int, int64_t, const LoraDecodeParams&, \
                                                  const LaunchContext&);

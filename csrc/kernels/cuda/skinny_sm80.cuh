@@ -101,6 +101,10 @@ __device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Ele
 // warp stores lie in different banks.
 __host__ __device__ constexpr int sum_row(int columns) { return (columns < 64 ? columns : 64) + 8; }
 
+// The i-th of the rows that lie sum_row(16) floats apart, in an order in which two after one
+// another have no bank in common: a warp reads two rows of 16 columns at a time.
+__device__ inline int paired_row(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
+
 // Adds up the warps' accumulators in the order of the warps, 64 columns at a time through `shared`
 // (kSkinnyWarps * 16 * sum_row(columns) floats), and calls use(row, column, sum) for each of the 16
 // x (8 kBlocks).
@@ -123,11 +127,12 @@ __device__ inline void add_warps(const float (&acc)[kBlocks][4], float* shared, 
             acc[base / 8 + j][2 * half], acc[base / 8 + j][2 * half + 1]);
     __syncthreads();
     for (int i = threadIdx.x; i < kSkinnyRows * kWidth; i += kSkinnyThreads) {
-      const int at = i / kWidth * kRow + i % kWidth;
+      const int row = kWidth == 16 ? paired_row(i / kWidth) : i / kWidth;
+      const int at = row * kRow + i % kWidth;
       float sum = shared[at];
 #pragma unroll
       for (int w = 1; w < kSkinnyWarps; ++w) sum += shared[w * kSkinnyRows * kRow + at];
-      if (base + i % kWidth < columns) use(i / kWidth, base + i % kWidth, sum);
+      if (base + i % kWidth < columns) use(row, base + i % kWidth, sum);
     }
     __syncthreads();
   }

@@ -26,15 +26,19 @@ Status encode_tensor_map(const MatrixTiling& t, CUtensorMap* map) {
   static const Encode encode = find_encode();
   if (!encode) return Status::kLaunchFailed;
   const cuuint64_t sizes[2] = {cuuint64_t(t.columns), cuuint64_t(t.rows)};
-  const cuuint64_t row_bytes[1] = {cuuint64_t(t.row_stride) * 2};
-  const cuuint32_t box[2] = {kSwizzledColumns, cuuint32_t(t.box_rows)};
+  const cuuint64_t row_bytes[1] = {cuuint64_t(t.row_stride * element_size(t.dtype))};
+  const cuuint32_t box[2] = {cuuint32_t(t.box_columns), cuuint32_t(t.box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUtensorMapDataType type = t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type = t.dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapSwizzle swizzle = t.box_columns * element_size(t.dtype) == 128
+                                         ? CU_TENSOR_MAP_SWIZZLE_128B
+                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(t.data), sizes, row_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? Status::kOk : Status::kLaunchFailed;
 }
 

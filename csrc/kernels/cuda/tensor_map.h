@@ -12,15 +12,16 @@ namespace fused_peft::cuda {
 
 constexpr int kSwizzledColumns = 64;  // 16-bit elements of a 128-byte swizzled line
 
-// A row-major matrix of 16-bit elements that is copied in boxes of kSwizzledColumns x box_rows,
-// each into shared memory at a multiple of 1024 bytes, 128-byte swizzled. What a box has beyond the
-// matrix is zero, and is not written back.
+// A row-major matrix that is copied in boxes of box_columns x box_rows. Boxes of 128-byte rows lie
+// in shared memory at a multiple of 1024 bytes, 128-byte swizzled; others are dense. What a box has
+// beyond the matrix is zero, and is not written back.
 struct MatrixTiling {
   const void* data = nullptr;  // 16-byte aligned
   int64_t rows = 0, columns = 0;
-  int64_t row_stride = 0;  // elements, a multiple of 8
+  int64_t row_stride = 0;  // elements, a multiple of 16 bytes
   int32_t box_rows = 0;    // at most 256
   DType dtype = DType::kBFloat16;
+  int32_t box_columns = kSwizzledColumns;
 };
 
 // kLaunchFailed where the driver has no tensor maps or refuses this one.

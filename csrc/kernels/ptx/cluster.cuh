@@ -26,12 +26,25 @@ __device__ inline uint32_t cluster_address(uint32_t shared, uint32_t cta_rank) {
   return remote;
 }
 
+// A float at such an address.
+__device__ inline float load_cluster(uint32_t remote) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+}
+
+// The two halves of cluster_sync.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
 // All threads of the cluster.
 __device__ inline void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
-          : "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 }  // namespace fused_peft::ptx

@@ -87,7 +87,9 @@ class Checker {
   // Before the first instruction of any warp of the CTA; its warps and its cluster's CTAs are
   // complete. Fresh shared memory is uninitialised.
   void start(Cta& cta);
-  void finish(Cta& cta);  // after its last; of a cluster, when all its CTAs are done
+  // Behind its last instruction: from here on the CTA's shared memory is not there for its cluster.
+  void end(Cta& cta);
+  void finish(Cta& cta);  // the same, but of a cluster when all its CTAs have ended
 
   // ---- called by memory instructions
   // Reports what is wrong and returns the lanes that may be carried out (bounds and alignment); the

@@ -43,6 +43,14 @@ constexpr bool covers(uint32_t now, uint32_t old) {
          (now & kRelaxedStamp) <= (old & kRelaxedStamp);
 }
 
+// Field by field: a copy of all 16 bytes would wait for those that have just been written.
+inline void set(Stamp& to, const Stamp& from) {
+  to.who = from.who;
+  to.clock = from.clock;
+  to.mask = from.mask;
+  to.what = from.what;
+}
+
 // Puts a read over another one of the same bytes, chosen at random. False: there are not two such
 // slots.
 bool replace_reader(Stamp* slots, int count, const Stamp& now);
@@ -102,7 +110,7 @@ inline bool touch(Stamp (&slots)[kSlots], bool has_more, const Stamp& now, const
   }
   if (recorded) return races;
   if (free >= 0) {
-    slots[free] = now;
+    set(slots[free], now);
   } else if (!replace_reader(slots, kSlots, now)) {
     add_stamp(more(), now);
   }

@@ -81,7 +81,7 @@ struct Runs {
 // The cells of kCell bytes that [begin, begin + bytes) touches: visit(cell, mask of its bytes, bit
 // 0 the first).
 template <uint32_t kCell, class Visit>
-inline void for_cells(uint64_t begin, uint64_t bytes, Visit visit) {
+[[gnu::always_inline]] inline void for_cells(uint64_t begin, uint64_t bytes, const Visit& visit) {
   constexpr uint32_t kAll = kCell == 32 ? ~0u : (1u << kCell) - 1;
   uint64_t cell = begin / kCell;
   uint32_t first = static_cast<uint32_t>(begin % kCell);

@@ -80,7 +80,7 @@ struct SharedTouch {
                                 // of all of them.
                                 cell.interval = interval;
                                 stamp.mask = mask;
-                                cell.slots[0] = stamp;
+                                set(cell.slots[0], stamp);
                                 cell.slots[1].mask = cell.slots[2].mask = 0;
                                 return;
                               }
@@ -195,7 +195,7 @@ void Checker::State::report_shared_bounds(Warp& warp, const Instr& instr, const 
                      " bytes at shared address " + hex(access.address[std::countr_zero(bad)]);
   if (cta == nullptr) {
     text += ", whose rank the cluster does not have";
-  } else if (cta->check == nullptr) {
+  } else if (state_of(*cta).ended) {
     text += " of a CTA that has ended";
   } else {
     text += ", outside the CTA's " + hex(kSharedStart) + " to " + hex(cta->shared_bytes);
@@ -263,7 +263,7 @@ LaneMask Checker::State::access_shared(Warp& warp, const Instr& instr, const Acc
     left &= ~group;
     Cta* cta = rank == 0 ? &mine : owner_of(mine, rank << kSharedRankShift);
     LaneMask inside = 0;
-    if (cta != nullptr && cta->check != nullptr && cta->shared_bytes >= access.bytes) {
+    if (cta != nullptr && !state_of(*cta).ended && cta->shared_bytes >= access.bytes) {
       inside = lanes_within(offsets, group, kSharedStart, cta->shared_bytes - access.bytes);
     }
     if (inside != group) report_shared_bounds(warp, instr, access, group & ~inside, cta);
@@ -290,6 +290,41 @@ void Checker::State::count_shared(Warp& warp, const Instr& instr, const Access& 
   const Wavefronts wavefronts = bank_wavefronts(access.address, access.bytes, lanes);
   tally.wavefronts[instr.index].done += wavefronts.done;
   tally.wavefronts[instr.index].ideal += wavefronts.ideal;
+}
+
+void Checker::State::report_unawaited(const Cta& cta, uint64_t cell, const Stamp& stamp) {
+  const ClusterClocks& clocks = state_of(cta).cluster->clocks;
+  const Cta& other = *cta.cluster->ctas[stamp.who / clocks.warps_per_cta];
+  const bool write = (stamp.kind() & kWriteStamp) != 0;
+  report(other.warps[stamp.who % clocks.warps_per_cta], launch.program->code[stamp.instr()], 1,
+         FindingKind::kRace,
+         std::string(write ? "write" : "read") + " of shared memory at " +
+             hex(cell + uint64_t(std::countr_zero(stamp.mask))) + " of the CTA of rank " +
+             std::to_string(cta.rank) + ", whose end nothing orders behind it");
+}
+
+// The end takes the memory away, as a write of all of it would: what other CTAs of the cluster did
+// there must lie before it.
+void Checker::end(Cta& cta) {
+  CtaState& mine = state_of(cta);
+  mine.ended = true;
+  if (!state_->racecheck || cta.cluster->ctas.size() == 1) return;
+  const uint32_t warps = mine.cluster->clocks.warps_per_cta;
+  const auto foreign_and_unknown = [&](const Stamp& stamp) {
+    if (stamp.mask == 0 || stamp.who / warps == cta.rank) return false;
+    return std::none_of(cta.warps.begin(), cta.warps.end(), [&](const Warp& warp) {
+      return state_of(warp).clock.knows_near(stamp.who, stamp.clock);
+    });
+  };
+  for (size_t i = 0; i < mine.cells.size(); ++i) {
+    const SharedCell& cell = mine.cells[i];
+    if ((cell.flags & kRemoteTouched) == 0) continue;
+    for (const Stamp& stamp : cell.slots)
+      if (foreign_and_unknown(stamp)) state_->report_unawaited(cta, i * kCellBytes, stamp);
+    if ((cell.flags & kCrowdedCell) == 0) continue;
+    for (const Stamp& stamp : mine.crowded[static_cast<uint32_t>(i)])
+      if (foreign_and_unknown(stamp)) state_->report_unawaited(cta, i * kCellBytes, stamp);
+  }
 }
 
 LaneMask Checker::begin_async(Warp& warp, const Instr& instr, const Access& access) {

@@ -107,6 +107,7 @@ struct CtaState {
   Cta* cta = nullptr;
   std::shared_ptr<ClusterState> cluster;
   uint32_t interval = 1;  // barriers of the whole CTA so far
+  bool ended = false;     // its shared memory is another CTA's by now
   std::vector<SharedCell> cells;
   std::unordered_map<uint32_t, std::vector<Stamp>> crowded;  // by cell
   WordClocks words;                                          // of its shared memory
@@ -199,6 +200,8 @@ struct Checker::State {
   LaneMask aligned_lanes(Warp& warp, const Instr& instr, const Access& access);
   void report_shared_bounds(Warp& warp, const Instr& instr, const Access& access, LaneMask bad,
                             const Cta* cta);
+  // An access of another CTA to the shared memory of one that ended without waiting for it.
+  void report_unawaited(const Cta& cta, uint64_t cell, const Stamp& stamp);
   // Data exchanged between the lanes of a warp.
   void check_lanes(Warp& warp, const Instr& instr, const Access& access, LaneMask lanes);
   void report(const Warp& warp, const Instr& instr, LaneMask lanes, FindingKind kind,

@@ -11,7 +11,6 @@
 #include <iterator>
 
 #include "simulator/exec/async_copy.h"
-#include "simulator/exec/bulk_reduce.h"
 #include "simulator/exec/families.h"
 #include "simulator/exec/memory_form.h"
 
@@ -92,15 +91,14 @@ void check_shared_reads(Warp& warp, const Instr& instr, std::vector<CopyUnit>& u
 
 void move_store(Warp& warp, BulkStore& store) {
   check_shared_reads(warp, *store.instr, store.units);
-  const bool reduces = store.reduction != Reduction::kNone;
   check_host_side(warp, *store.instr, store.units,
-                  reduces ? AccessKind::kAtomic : AccessKind::kWrite);
+                  store.combine ? AccessKind::kAtomic : AccessKind::kWrite);
   for (const CopyUnit& unit : store.units) {
     if (unit.skip || unit.begin >= unit.end) continue;
     const std::byte* const from = warp.cta->shared + unit.shared + unit.begin;
     const std::size_t bytes = unit.end - unit.begin;
-    if (reduces) {
-      reduce_bytes(store.reduction, store.type, unit.host + unit.begin, from, bytes);
+    if (store.combine) {
+      store.combine(unit.host + unit.begin, from, bytes);
     } else {
       std::memcpy(unit.host + unit.begin, from, bytes);
     }
@@ -185,8 +183,7 @@ Step copy_bulk(Warp& warp, const Instr& instr, LaneMask mask) {
     if (form.kind == BulkKind::kStore) {
       if (!place_of(warp, instr, operands.from[lane], false, lane, &place)) continue;
       BulkStore store;
-      store.reduction = form.reduction;
-      store.type = form.type;
+      store.combine = form.combine;
       store.units = row_of_units(place.offset, operands.to[lane], bytes);
       issue_store(warp, instr, lane, std::move(store));
       continue;
@@ -274,7 +271,8 @@ void decode_bulk_reduction(Decoding& d) {
   take_reduction(d, form);
   if (d.take(".tensor")) return decode_tensor_copy(d, form, false);
   d.take(".noftz");
-  form.type = d.need_type();
+  form.combine = find_reduction(form.reduction, d.need_type());
+  if (form.combine == nullptr) d.malformed("no such reduction of this type");
   decode_copy(d, form);
 }
 
@@ -342,34 +340,53 @@ LaneMask distinct_lanes(const Warp& warp, const Instr& instr, LaneMask mask) {
   return kept;
 }
 
+void issue(Warp& warp, const Instr& instr, int lane, const MbarrierPlace& place,
+           std::unique_ptr<BulkLoad> load) {
+  if (!touch_mbarrier(warp, instr, place, lane, AccessKind::kAtomic)) return;
+  Mbarrier* const barrier = find_mbarrier(warp, instr, place, lane);
+  if (barrier == nullptr) return;
+  load->issuer = &warp;
+  load->instr = &instr;
+  std::vector<CopyUnit>& units = load->units;
+  for_pieces(units.size(), [&](std::size_t first, std::size_t count) {
+    Pieces pieces;
+    LaneMask stored = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      pieces.address[i] = shared_address(*load->target, units[first + i].shared);
+      pieces.lanes |= LaneMask{!units[first + i].skip} << i;
+      stored |= LaneMask{units[first + i].initialised} << i;
+    }
+    if (pieces.lanes == 0) return;
+    Access access{Space::kShared, AccessKind::kWrite, load->unit_bytes, pieces.lanes,
+                  pieces.address};
+    access.async_proxy = true;
+    Checker& checker = checker_of(warp);
+    LaneMask good = 0, valid = 0;
+    if (load->combine) {
+      // A relaxed atomic operation: others may be under way on the same bytes.
+      access.kind = AccessKind::kAtomic;
+      access.relaxed = true;
+      good = checker.access(warp, instr, access, stored, &valid);
+    } else {
+      good = checker.begin_async(warp, instr, access);
+    }
+    for (std::size_t i = 0; i < count; ++i) units[first + i].skip |= (good >> i & 1) == 0;
+  });
+  barrier->in_flight.push_back(std::move(load));
+  if (moves_early(warp)) land(*barrier, place, barrier->in_flight.size() - 1);
+}
+
 void issue_load(Warp& warp, const Instr& instr, int lane, Cta& target, uint64_t barrier_address,
                 std::vector<CopyUnit> units, Space from, const std::byte* fill) {
   MbarrierPlace place;
   if (!place_of(warp, instr, barrier_address, false, lane, &place)) return;
-  Mbarrier* const barrier = find_mbarrier(warp, instr, place, lane);
-  if (barrier == nullptr) return;
+  if (from == Space::kGlobal) check_host_side(warp, instr, units, AccessKind::kRead);
   auto load = std::make_unique<BulkLoad>();
-  load->issuer = &warp;
-  load->instr = &instr;
   load->target = &target;
   load->bytes = units.size() * kUnitBytes;
   if (fill) std::memcpy(load->fill, fill, kUnitBytes);
-  if (from == Space::kGlobal) check_host_side(warp, instr, units, AccessKind::kRead);
-  for_pieces(units.size(), [&](std::size_t first, std::size_t count) {
-    Pieces pieces;
-    for (std::size_t i = 0; i < count; ++i) {
-      pieces.address[i] = shared_address(target, units[first + i].shared);
-      pieces.lanes |= LaneMask{!units[first + i].skip} << i;
-    }
-    if (pieces.lanes == 0) return;
-    Access access{Space::kShared, AccessKind::kWrite, kUnitBytes, pieces.lanes, pieces.address};
-    access.async_proxy = true;
-    const LaneMask good = checker_of(warp).begin_async(warp, instr, access);
-    for (std::size_t i = 0; i < count; ++i) units[first + i].skip |= (good >> i & 1) == 0;
-  });
   load->units = std::move(units);
-  barrier->in_flight.push_back(std::move(load));
-  if (moves_early(warp)) land(*barrier, place, barrier->in_flight.size() - 1);
+  issue(warp, instr, lane, place, std::move(load));
 }
 
 void issue_store(Warp& warp, const Instr& instr, int lane, BulkStore store) {

@@ -6,11 +6,10 @@
 #include <deque>
 
 #include "simulator/core/decoder.h"
+#include "simulator/exec/bulk_reduce.h"
 #include "simulator/exec/mbarrier.h"
 
 namespace fused_peft::sim {
-
-enum class Reduction : uint8_t { kNone, kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor };
 
 enum class BulkKind : uint8_t { kLoad, kStore, kSharedToShared, kPrefetch };
 
@@ -21,8 +20,8 @@ struct BulkForm {
   BulkKind kind = BulkKind::kLoad;
   bool to_cluster = false;  // destination .shared::cluster
   Reduction reduction = Reduction::kNone;
-  Type type = Type::kNone;  // of a reduction
-  uint32_t rank = 0;        // of a tensor
+  Combine combine = nullptr;  // its elements; of a tensor the map says what they are
+  uint32_t rank = 0;          // of a tensor
   int64_t to_offset = 0, from_offset = 0, barrier_offset = 0;
   int size = -1, barrier = -1, multicast = -1;  // indices of sources; -1: absent
 };
@@ -37,8 +36,7 @@ struct BulkStore {
   int lane = 0;
   uint64_t group = 0;
   bool moved = false;
-  Reduction reduction = Reduction::kNone;
-  Type type = Type::kNone;
+  Combine combine = nullptr;  // of a reduction
   std::vector<CopyUnit> units;
 };
 
@@ -49,6 +47,10 @@ struct BulkGroups {
 };
 BulkGroups& bulk_groups_of(Warp& warp);
 
+// Starts what writes target's shared memory and completes on the mbarrier: the load's target, units
+// and bytes are set.
+void issue(Warp& warp, const Instr& instr, int lane, const MbarrierPlace& barrier,
+           std::unique_ptr<BulkLoad> load);
 // Into the shared memory of one CTA of the cluster; completes on the mbarrier at this address.
 // `from` says where the bytes of the units come from.
 void issue_load(Warp& warp, const Instr& instr, int lane, Cta& target, uint64_t barrier_address,

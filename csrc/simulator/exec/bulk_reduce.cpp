@@ -20,8 +20,6 @@ void combine(std::byte* to, const std::byte* from, std::size_t bytes) {
   }
 }
 
-using Combine = void (*)(std::byte*, const std::byte*, std::size_t);
-
 template <class T, class S>
 Combine integer(Reduction op) {
   switch (op) {
@@ -45,7 +43,9 @@ Combine half(Reduction op) {
   }
 }
 
-Combine find(Reduction op, Type type) {
+}  // namespace
+
+Combine find_reduction(Reduction op, Type type) {
   if (type == Type::kU32 && op == Reduction::kInc) return combine<uint32_t, Increment>;
   if (type == Type::kU32 && op == Reduction::kDec) return combine<uint32_t, Decrement>;
   switch (type) {
@@ -62,14 +62,5 @@ Combine find(Reduction op, Type type) {
     default: return nullptr;
   }
 }
-
-}  // namespace
-
-void reduce_bytes(Reduction op, Type type, std::byte* to, const std::byte* from,
-                  std::size_t bytes) {
-  find(op, type)(to, from, bytes);
-}
-
-bool has_reduction(Reduction op, Type type) { return find(op, type) != nullptr; }
 
 }  // namespace fused_peft::sim

@@ -2,14 +2,17 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
-#include "simulator/exec/bulk.h"
+#include "simulator/core/types.h"
 
 namespace fused_peft::sim {
 
-// to[i] = op(to[i], from[i]) for the elements of `type` in `bytes` bytes.
-void reduce_bytes(Reduction op, Type type, std::byte* to, const std::byte* from, std::size_t bytes);
-// Whether the ISA has this reduction for the type.
-bool has_reduction(Reduction op, Type type);
+enum class Reduction : uint8_t { kNone, kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor };
+
+// to[i] = op(to[i], from[i]) for the elements in `bytes` bytes.
+using Combine = void (*)(std::byte* to, const std::byte* from, std::size_t bytes);
+// nullptr where the ISA has no such reduction of the type.
+Combine find_reduction(Reduction op, Type type);
 
 }  // namespace fused_peft::sim

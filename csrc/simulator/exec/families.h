@@ -33,6 +33,8 @@ extern const OpcodeFamily kAddressFamily;     // address.cpp: cvta isspacep mapa
 extern const OpcodeFamily kAsyncCopyFamily;   // async_copy.cpp: cp
 extern const OpcodeFamily kMbarrierFamily;    // mbarrier.cpp: mbarrier cp.async.mbarrier
 extern const OpcodeFamily kBulkFamily;        // bulk.cpp: cp.async.bulk cp.reduce
+extern const OpcodeFamily kStoreAsyncFamily;  // store_async.cpp: st.async red.async
+extern const OpcodeFamily kTensorMapFamily;   // tensor_map.cpp: tensormap
 extern const OpcodeFamily kProxyFenceFamily;  // proxy_fence.cpp: fence.proxy
 
 }  // namespace fused_peft::sim

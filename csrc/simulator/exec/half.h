@@ -20,11 +20,11 @@ struct F16Lanes {
   static void to(const float* values, uint16_t* bits, int count) {
     for (int i = 0; i < count; i += 8) {
       const __m256 value = _mm256_loadu_ps(values + i);
-      const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+      const __m256 nan = _mm256_set1_ps(float_of(F32Format::kNan));  // to 0x7fff
+      const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+      const __m128i half =
+          _mm256_cvtps_ph(_mm256_blendv_ps(value, nan, is_nan), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(bits + i), half);
-    }
-    for (int i = 0; i < count; ++i) {
-      bits[i] = (bits[i] & 0x7fff) > F16Format::kInfinity ? uint16_t{F16Format::kNan} : bits[i];
     }
   }
 };

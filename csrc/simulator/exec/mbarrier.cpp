@@ -15,7 +15,6 @@ namespace fused_peft::sim {
 namespace {
 
 constexpr int64_t kMaxTransactions = (1 << 20) - 1;
-constexpr uint32_t kWordBytes = 8;
 
 // What an instruction does, of all its qualifiers. Instr::extra.
 struct MbarrierForm {
@@ -39,20 +38,6 @@ void report(Warp& warp, const Instr& instr, int lane, FindingKind kind, const st
   checker_of(warp).report(warp, instr, LaneMask{1} << lane, kind, text);
 }
 
-// The bytes of the mbarrier as memory: bounds, alignment, and races with ordinary accesses.
-bool touch_word(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane,
-                AccessKind kind) {
-  uint64_t address[kLanes] = {};
-  address[lane] = place.address;
-  const LaneMask lanes = LaneMask{1} << lane;
-  LaneMask valid = 0;
-  Access access{Space::kShared, kind, kWordBytes, lanes, address};
-  // fence.mbarrier_init and a relaxed cluster barrier order an init: not what the race check sees
-  // as order.
-  access.relaxed = true;
-  return checker_of(warp).access(warp, instr, access, lanes, &valid) != 0;
-}
-
 // Calls act(lane, place, barrier) for each lane that names a sound mbarrier.
 template <class Act>
 void for_mbarriers(Warp& warp, const Instr& instr, LaneMask mask, AccessKind kind, Act act) {
@@ -63,7 +48,7 @@ void for_mbarriers(Warp& warp, const Instr& instr, LaneMask mask, AccessKind kin
     const int lane = std::countr_zero(mask);
     MbarrierPlace place;
     if (!place_of(warp, instr, address[lane], mbarrier_form(instr).generic, lane, &place)) continue;
-    if (!touch_word(warp, instr, place, lane, kind)) continue;
+    if (!touch_mbarrier(warp, instr, place, lane, kind)) continue;
     if (Mbarrier* barrier = find_mbarrier(warp, instr, place, lane)) act(lane, place, *barrier);
   }
 }
@@ -81,7 +66,7 @@ Step init(Warp& warp, const Instr& instr, LaneMask mask) {
     const int lane = std::countr_zero(mask);
     MbarrierPlace place;
     if (!place_of(warp, instr, address[lane], mbarrier_form(instr).generic, lane, &place)) continue;
-    if (!touch_word(warp, instr, place, lane, AccessKind::kWrite)) continue;
+    if (!touch_mbarrier(warp, instr, place, lane, AccessKind::kWrite)) continue;
     const uint32_t count = count_of(warp, instr, lane);
     if (count == 0 || count > kMaxArrivals) {
       report(warp, instr, lane, FindingKind::kBarrierCount,

@@ -8,11 +8,13 @@
 
 #include "simulator/check/checker.h"
 #include "simulator/core/cta.h"
+#include "simulator/exec/bulk_reduce.h"
 
 namespace fused_peft::sim {
 
-// 16 bytes of a bulk copy. Bytes [begin, end) lie in global memory (or in another CTA's shared
-// memory), from `host` + begin on; the others are outside of a tensor.
+// 16 bytes of a bulk copy, or what a lane stores by st.async. Bytes [begin, end) lie in global
+// memory (or in another CTA's shared memory), from `host` + begin on; the others are outside of a
+// tensor.
 struct CopyUnit {
   uint64_t shared = 0;        // address in the shared memory of its CTA: offset
   std::byte* host = nullptr;  // of byte 0
@@ -23,15 +25,18 @@ struct CopyUnit {
 constexpr uint32_t kUnitBytes = 16;
 constexpr uint32_t kMaxArrivals = (1u << 20) - 1;  // of a phase
 
-// A copy into the shared memory of one CTA, from its issue until a thread has seen its mbarrier's
-// phase complete.
+// A copy, store or reduction into the shared memory of one CTA, from its issue until a thread has
+// seen its mbarrier's phase complete.
 struct BulkLoad {
   Warp* issuer = nullptr;
   const Instr* instr = nullptr;
   Cta* target = nullptr;
   std::vector<CopyUnit> units;
-  std::byte fill[kUnitBytes] = {};  // what lies outside of a tensor reads as
-  uint64_t bytes = 0;               // for complete_tx
+  uint32_t unit_bytes = kUnitBytes;
+  std::byte values[kUnitBytes] = {};  // of st.async and red.async
+  Combine combine = nullptr;          // red.async: an operation on what is there
+  std::byte fill[kUnitBytes] = {};    // what lies outside of a tensor reads as
+  uint64_t bytes = 0;                 // for complete_tx
 
   void move() const;
 };
@@ -74,6 +79,11 @@ MbarrierTable& table_of(Cta& cta);
 // False where the address is none of shared memory (reported).
 bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, int lane,
               MbarrierPlace* place);
+// The mbarrier's bytes as memory: bounds, alignment, races. Init and inval (kWrite) are plain
+// writes, which must be ordered before whatever else touches the object; all other operations are
+// atomic. False where they must not be carried out (reported).
+bool touch_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane,
+                    AccessKind kind);
 // nullptr where no mbarrier.init has made one there (reported).
 Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane);
 

@@ -53,8 +53,8 @@ void observe(Mbarrier& barrier, Checker& checker) {
         lanes |= LaneMask{!unit.skip} << i;
         initialised |= LaneMask{unit.initialised} << i;
       }
-      if (lanes == 0) continue;
-      Access access{Space::kShared, AccessKind::kWrite, kUnitBytes, lanes, address};
+      if (lanes == 0 || load->combine) continue;
+      Access access{Space::kShared, AccessKind::kWrite, load->unit_bytes, lanes, address};
       access.async_proxy = true;
       checker.end_async(*load->issuer, *load->instr, access, initialised);
     }
@@ -101,6 +101,18 @@ bool place_of(Warp& warp, const Instr& instr, uint64_t address, bool generic, in
   return true;
 }
 
+bool touch_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane,
+                    AccessKind kind) {
+  constexpr uint32_t kWordBytes = 8;
+  uint64_t address[kLanes] = {};
+  address[lane] = place.address;
+  const LaneMask lanes = LaneMask{1} << lane;
+  LaneMask valid = 0;
+  Access access{Space::kShared, kind, kWordBytes, lanes, address};
+  access.relaxed = kind != AccessKind::kWrite;
+  return warp.cta->launch->checker->access(warp, instr, access, lanes, &valid) != 0;
+}
+
 Mbarrier* find_mbarrier(Warp& warp, const Instr& instr, const MbarrierPlace& place, int lane) {
   MbarrierTable& table = table_of(*place.cta);
   const auto entry = table.find(place.offset);
@@ -123,8 +135,12 @@ void BulkLoad::move() const {
   for (const CopyUnit& unit : units) {
     if (unit.skip) continue;
     std::byte* const to = target->shared + unit.shared;
-    if (unit.begin == 0 && unit.end == kUnitBytes) {
-      std::memcpy(to, unit.host, kUnitBytes);
+    if (combine) {
+      combine(to, unit.host, unit_bytes);
+      continue;
+    }
+    if (unit.begin == 0 && unit.end == unit_bytes) {
+      std::memcpy(to, unit.host, unit_bytes);
       continue;
     }
     std::memcpy(to, fill, kUnitBytes);

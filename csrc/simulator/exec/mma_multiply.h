@@ -8,18 +8,23 @@ namespace fused_peft::sim {
 
 // rows[j][i] = columns[i][j] of an 8 x 8 block; rows of `columns` are `stride` floats apart.
 inline void transpose8(const float* columns, int stride, __m256* rows) {
+  // Unrolled before the arrays would become memory.
   __m256 c[8], t[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) c[i] = _mm256_loadu_ps(columns + i * stride);
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(c[i], c[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(c[i], c[i + 1]);
   }
+#pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
     c[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
     c[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
     c[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
     c[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     rows[i] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
     rows[i + 4] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);

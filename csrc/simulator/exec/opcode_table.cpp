@@ -11,12 +11,12 @@ using Table = std::unordered_map<std::string_view, DecodeFunction>;
 
 Table build_table() {
   const OpcodeFamily* const families[] = {
-      &kArithmeticFamily, &kFloatFamily,   &kCarryFamily,     &kBitsFamily,       &kPermuteFamily,
-      &kPredicateFamily,  &kSelectFamily,  &kMoveFamily,      &kConvertFamily,    &kMathFamily,
-      &kDotFamily,        &kVideoFamily,   &kMmaFamily,       &kMatrixMoveFamily, &kWgmmaFamily,
-      &kBarrierFamily,    &kControlFamily, &kCallFamily,      &kWarpFamily,       &kMemoryFamily,
-      &kAtomicFamily,     &kAddressFamily, &kAsyncCopyFamily, &kMbarrierFamily,   &kBulkFamily,
-      &kProxyFenceFamily, &kFenceFamily,
+      &kArithmeticFamily, &kFloatFamily,   &kCarryFamily,      &kBitsFamily,       &kPermuteFamily,
+      &kPredicateFamily,  &kSelectFamily,  &kMoveFamily,       &kConvertFamily,    &kMathFamily,
+      &kDotFamily,        &kVideoFamily,   &kMmaFamily,        &kMatrixMoveFamily, &kWgmmaFamily,
+      &kBarrierFamily,    &kControlFamily, &kCallFamily,       &kWarpFamily,       &kMemoryFamily,
+      &kAtomicFamily,     &kAddressFamily, &kAsyncCopyFamily,  &kMbarrierFamily,   &kBulkFamily,
+      &kProxyFenceFamily, &kFenceFamily,   &kStoreAsyncFamily, &kTensorMapFamily,
   };
   Table table;
   for (const OpcodeFamily* family : families) {

@@ -230,6 +230,10 @@ CtaSlot* Worker::choose_cta() {
   return nullptr;
 }
 
+void Worker::end_warp(Cta& cta) {
+  if (--cta.live_warps == 0) launch_.checker->end(cta);
+}
+
 uint64_t Worker::run_turn(CtaSlot& slot) {
   Cta& cta = slot.cta;
   const uint64_t budget = random_.length(slot.speed);
@@ -249,7 +253,7 @@ uint64_t Worker::run_turn(CtaSlot& slot) {
     warp.yielded = end == SliceEnd::kYielded;
     if (end == SliceEnd::kDone) {
       remove_ready(cta, i);
-      --cta.live_warps;
+      end_warp(cta);
     } else if (end == SliceEnd::kBlocked && !has_wait(warp, Wait::kPoll)) {
       remove_ready(cta, i);
     } else if (end == SliceEnd::kYielded) {
@@ -277,7 +281,7 @@ bool Worker::poll_all() {
       for (size_t i = 0; i < cta.ready.size();) {
         Warp& warp = *cta.ready[i];
         const SliceEnd end = run_slice(warp, plan_, counts_.data(), 64, false, &executed);
-        if (end == SliceEnd::kDone) --cta.live_warps;
+        if (end == SliceEnd::kDone) end_warp(cta);
         const bool remove =
             end == SliceEnd::kDone || (end == SliceEnd::kBlocked && !has_wait(warp, Wait::kPoll));
         if (remove)

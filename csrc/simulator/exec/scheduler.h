@@ -71,6 +71,7 @@ class Worker {
   void start_warp(Warp& warp, CtaSlot& slot, std::byte* memory, uint32_t index);
   void admit();
   bool grow();
+  void end_warp(Cta& cta);
   // Instructions executed in this CTA's turn.
   uint64_t run_turn(CtaSlot& slot);
   CtaSlot* choose_cta();

@@ -5,7 +5,6 @@
 #include <functional>
 
 #include "simulator/exec/bulk.h"
-#include "simulator/exec/bulk_reduce.h"
 #include "simulator/exec/memory_form.h"
 #include "simulator/exec/tensor_map.h"
 
@@ -13,7 +12,6 @@ namespace fused_peft::sim {
 namespace {
 
 constexpr uint64_t kBoxAlign = 128;  // of a box in shared memory
-constexpr uint64_t kMapAlign = 64;
 
 Checker& checker_of(const Warp& warp) { return *warp.cta->launch->checker; }
 
@@ -160,9 +158,10 @@ Step copy_tensor(Warp& warp, const Instr& instr, LaneMask mask) {
       continue;
     }
     BulkStore store;
-    store.reduction = form.reduction;
-    store.type = map.type;
-    if (form.reduction != Reduction::kNone && !has_reduction(form.reduction, map.type)) {
+    if (form.reduction != Reduction::kNone) {
+      store.combine = find_reduction(form.reduction, map.type);
+    }
+    if (form.reduction != Reduction::kNone && store.combine == nullptr) {
       report(warp, instr, lane, FindingKind::kOther,
              std::string("no such reduction of ") + name_of(map.type));
       continue;

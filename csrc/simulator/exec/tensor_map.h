@@ -7,6 +7,8 @@
 
 namespace fused_peft::sim {
 
+constexpr uint64_t kMapAlign = 64;
+
 struct TensorMap {
   static constexpr uint32_t kMagic = 0x70616d54;  // "Tmap"
   static constexpr int kMaxRank = 5;

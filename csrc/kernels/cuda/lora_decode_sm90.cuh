@@ -1,0 +1,271 @@
+// The whole layer for at most 16 tokens in one launch, for sm_90: what lora_decode_sm80.cuh
+// computes, with W streamed by TMA and k split over a cluster.
+//
+// A cluster owns kBlockN columns of y. Its CTAs take every (cluster size)-th k-block of their rows
+// of W, and of x and all of lora_a beside them: s costs R / kBlockN of W's traffic, from L2 (a CTA
+// of the sm_80 kernel, which owns 32 columns, reads four times as much), and no CTA waits for
+// another before the end. Then the CTAs swap their sums through distributed shared memory: each
+// adds up, in the order of the ranks, all of s and its own part of the columns.
+//
+// Rows and columns that do not exist are zeros that TMA fills in, so nothing here has a tail but
+// the stores.
+#pragma once
+
+#include "kernels/cuda/lora_linear_config.h"
+#include "kernels/cuda/skinny_sm80.cuh"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/tensor_copy.cuh"
+
+namespace fused_peft::cuda {
+
+struct LoraDecodeSm90Params {
+  CUtensorMap weight;  // [N, K], boxes of kBlockN x kBlockK
+  CUtensorMap x;       // [M, K], boxes of 16 x kBlockK
+  CUtensorMap lora_a;  // [R, K], boxes of kRank x kPanelColumns
+  int32_t m = 0, n = 0, r = 0;
+  int32_t k_blocks = 0;          // ceil(K / kBlockK)
+  const void* lora_b = nullptr;  // [N, R], rows contiguous
+  int64_t lora_b_stride = 0;
+  double scaling = 0.0;
+  const void* bias = nullptr;
+  float* s = nullptr;  // [M, R]
+  void* y = nullptr;   // [M, N]
+  int64_t y_stride = 0;
+};
+
+// A stage holds one k-block: rows of W, of x and of lora_a, 128 bytes each, swizzled by TMA as
+// tile_offset is. Float32 rows would be 256 bytes, which no swizzle spans: lora_a then comes in
+// panels of 8 k, rows dense, so that what a warp reads for one B fragment is contiguous.
+template <class Factor, int kRank>
+struct DecodeTile {
+  static constexpr int kBlockN = kDecodeBlockN, kBlockK = kDecodeBlockK;
+  static constexpr int kConsumers = 8;  // warps; one more is the producer
+  static constexpr int kThreads = 32 * (kConsumers + 1);
+  static constexpr int kWarpColumns = kBlockN / kConsumers;
+  static constexpr int kXOffset = kBlockN * kBlockK * 2;
+  static constexpr int kFactorOffset = kXOffset + kSkinnyRows * kBlockK * 2;
+  static constexpr int kPanelColumns = sizeof(Factor) == 4 ? kChunk : kBlockK;
+  static constexpr int kPanels = kBlockK / kPanelColumns;
+  static constexpr int kPanelBytes = kRank * kPanelColumns * int{sizeof(Factor)};
+  static constexpr int kStageBytes = kFactorOffset + kPanels * kPanelBytes;
+  // s: a warp takes one of the block's k16 steps and a part of the ranks.
+  static constexpr int kSteps = kBlockK / 16;
+  static constexpr int kRankPart = kRank / (kConsumers / kSteps);
+
+  static constexpr int kAlignment = 1024;  // of a swizzled box
+  static constexpr int kStages =
+      (kDecodeSharedBytes - kAlignment) / (kStageBytes + 2 * int{sizeof(uint64_t)});
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kAlignment + kRingBytes + 2 * kStages * sizeof(uint64_t);
+
+  // What the ring's memory holds once the last block is consumed, in floats.
+  static constexpr int kYRow = kBlockN + 8, kSRow = kRank + 8;  // see sum_row
+  static constexpr int kY = 0;                                  // own sums of y
+  static constexpr int kS = kY + kSkinnyRows * kYRow;           // own sums of s
+  static constexpr int kParts = kS + kSkinnyRows * kSRow;       // the same, one for each k16 step
+  static constexpr int kTotal = kParts + kSteps * kSkinnyRows * kSRow;  // the cluster's s, scaled
+  static constexpr int kUp = kTotal + kSkinnyRows * kSRow;              // own rows of lora_b
+  static constexpr int kUpRow = kRank + 1;
+  static_assert((kUp + kBlockN * kUpRow) * 4 <= kRingBytes);
+  static_assert(kBlockK == kSwizzledColumns);
+  static_assert(kStages >= 3 && kStageBytes % kAlignment == 0 && kRankPart % 8 == 0);
+};
+
+#if __CUDA_ARCH__ >= 900
+
+// The producer: one thread streams this CTA's k-blocks through the ring.
+template <class Tile>
+__device__ inline void stream_blocks(const LoraDecodeSm90Params& p, uint32_t ring, uint32_t full,
+                                     uint32_t empty, int n0) {
+  const int ranks = ptx::cluster_cta_count();
+  int slot = 0;
+  uint32_t phase = 0;
+  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks) {
+    const uint32_t stage = ring + slot * Tile::kStageBytes, barrier = full + slot * 8;
+    const int k = block * Tile::kBlockK;
+    ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);
+    ptx::mbarrier_arrive_expect(barrier, Tile::kStageBytes);
+    ptx::load_box(stage, &p.weight, k, n0, barrier);
+    ptx::load_box(stage + Tile::kXOffset, &p.x, k, 0, barrier);
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      ptx::load_box(stage + Tile::kFactorOffset + panel * Tile::kPanelBytes, &p.lora_a,
+                    k + panel * Tile::kPanelColumns, 0, barrier);
+    if (++slot == Tile::kStages) slot = 0, phase ^= 1;
+  }
+}
+
+// acc[j] += rows of x times ranks first + 8j .. of this stage's lora_a, over one k16 step.
+template <class Element, class Factor, int kRank, int kBlocks>
+__device__ inline void multiply_factor(float (&acc)[kBlocks][4], const uint32_t (&a)[4],
+                                       const unsigned char* tile, int step, int first, int r,
+                                       int lane) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int column = first + j * 8;
+    if (column >= r) break;
+    if constexpr (sizeof(Factor) == 2) {
+      uint32_t b[2];
+      ptx::ldmatrix_x2(
+          b, ptx::shared_address(tile) + b_fragment<kDecodeBlockK>(column, step * 16, lane & 15));
+      mma16<Element>(acc[j], a, b[0], b[1]);
+    } else {
+      constexpr int kPanelBytes = DecodeTile<Factor, kRank>::kPanelBytes;
+      const unsigned char* at = tile + 2 * step * kPanelBytes + column * kChunk * 4 + lane * 8;
+      mma16_float_b<Element>(acc[j], a, *reinterpret_cast<const float2*>(at),
+                             *reinterpret_cast<const float2*>(at + kPanelBytes));
+    }
+  }
+}
+
+// One m16n8 accumulator into a row-major matrix of sums.
+__device__ inline void store_sums(float* sums, int row_floats, int column, const float (&acc)[4],
+                                  int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    ptx::store_shared_v2(
+        ptx::shared_address(sums + (lane / 4 + half * 8) * row_floats + column + lane % 4 * 2),
+        acc[2 * half], acc[2 * half + 1]);
+}
+
+// The consumers: each warp its columns of W, and its share of s.
+template <class Element, class Factor, int kRank>
+__device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned char* ring,
+                                       uint32_t full, uint32_t empty, float* sums) {
+  using Tile = DecodeTile<Factor, kRank>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int step = warp % Tile::kSteps, first_rank = warp / Tile::kSteps * Tile::kRankPart;
+  const int ranks = ptx::cluster_cta_count();
+  float y_acc[Tile::kWarpColumns / 8][4] = {}, s_acc[Tile::kRankPart / 8][4] = {};
+  int slot = 0;
+  uint32_t phase = 0;
+#pragma unroll 1
+  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks) {
+    const unsigned char* factor_tile = ring + slot * Tile::kStageBytes + Tile::kFactorOffset;
+    const uint32_t stage = ptx::shared_address(ring) + slot * Tile::kStageBytes;
+    ptx::mbarrier_wait(full + slot * 8, phase);
+    uint32_t a[4];
+#pragma unroll
+    for (int k = 0; k < Tile::kBlockK; k += 16) {
+      ptx::ldmatrix_x4(a, stage + Tile::kXOffset + a_fragment<Tile::kBlockK>(0, k, lane));
+#pragma unroll
+      for (int pair = 0; pair < Tile::kWarpColumns / 16; ++pair) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(
+            b, stage + b_fragment<Tile::kBlockK>(warp * Tile::kWarpColumns + pair * 16, k, lane));
+        mma16<Element>(y_acc[2 * pair], a, b[0], b[1]);
+        mma16<Element>(y_acc[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+    ptx::ldmatrix_x4(a, stage + Tile::kXOffset + a_fragment<Tile::kBlockK>(0, step * 16, lane));
+    multiply_factor<Element, Factor, kRank>(s_acc, a, factor_tile, step, first_rank, p.r, lane);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);
+    if (++slot == Tile::kStages) slot = 0, phase ^= 1;
+  }
+  __syncthreads();  // with the producer: the ring is free
+#pragma unroll
+  for (int j = 0; j < Tile::kWarpColumns / 8; ++j)
+    store_sums(sums + Tile::kY, Tile::kYRow, warp * Tile::kWarpColumns + j * 8, y_acc[j], lane);
+#pragma unroll
+  for (int j = 0; j < Tile::kRankPart / 8; ++j)
+    store_sums(sums + Tile::kParts + step * kSkinnyRows * Tile::kSRow, Tile::kSRow,
+               first_rank + j * 8, s_acc[j], lane);
+}
+
+// The sum over the cluster, in the order of the ranks, of the float at one place of their memory.
+__device__ inline float add_ranks(const float* own) {
+  const uint32_t address = ptx::shared_address(own);
+  const uint32_t ranks = ptx::cluster_cta_count();
+  float sum = ptx::load_cluster(ptx::cluster_address(address, 0));
+  for (uint32_t rank = 1; rank < ranks; ++rank)
+    sum += ptx::load_cluster(ptx::cluster_address(address, rank));
+  return sum;
+}
+
+// From the CTAs' sums to s and this CTA's columns of y.
+template <class Element, class Factor, int kRank>
+__device__ inline void finish_columns(const LoraDecodeSm90Params& p, float* sums, int n0) {
+  using Tile = DecodeTile<Factor, kRank>;
+  using Traits = ElementTraits<Element>;
+  const int columns = Tile::kBlockN / static_cast<int>(ptx::cluster_cta_count());
+  const int first = columns * static_cast<int>(ptx::cluster_cta_rank());
+  for (int i = threadIdx.x; i < p.m * kRank; i += Tile::kThreads) {
+    const int at = i / kRank * Tile::kSRow + i % kRank;
+    float sum = sums[Tile::kParts + at];
+#pragma unroll
+    for (int part = 1; part < Tile::kSteps; ++part)
+      sum += sums[Tile::kParts + part * kSkinnyRows * Tile::kSRow + at];
+    sums[Tile::kS + at] = sum;
+  }
+  ptx::cluster_arrive();
+  // lora_b's rows arrive while the slowest CTA does.
+  for (int i = threadIdx.x; i < columns * p.r; i += Tile::kThreads) {
+    const int64_t n = n0 + first + i / p.r;
+    if (n >= p.n) break;
+    const Factor v = static_cast<const Factor*>(p.lora_b)[n * p.lora_b_stride + i % p.r];
+    float value;
+    if constexpr (sizeof(Factor) == 2)
+      value = Traits::to_float(v);
+    else
+      value = v;
+    sums[Tile::kUp + i / p.r * Tile::kUpRow + i % p.r] = value;
+  }
+  ptx::cluster_wait();
+  for (int i = threadIdx.x; i < p.m * p.r; i += Tile::kThreads) {
+    const int at = i / p.r * Tile::kSRow + i % p.r;
+    const float s = scaled(add_ranks(sums + Tile::kS + at), p.scaling);
+    sums[Tile::kTotal + at] = s;
+    if (blockIdx.x == 0) p.s[i] = s;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.m * columns; i += Tile::kThreads) {
+    const int row = i / columns, column = i % columns, n = n0 + first + column;
+    if (n >= p.n) continue;
+    float sum = add_ranks(sums + Tile::kY + row * Tile::kYRow + first + column);
+    const float* s = sums + Tile::kTotal + row * Tile::kSRow;
+    const float* up = sums + Tile::kUp + column * Tile::kUpRow;
+    for (int j = 0; j < p.r; ++j) sum += s[j] * up[j];
+    if (p.bias) sum += Traits::to_float(static_cast<const Element*>(p.bias)[n]);
+    static_cast<Element*>(p.y)[row * p.y_stride + n] = Traits::from_float(sum);
+  }
+  ptx::cluster_sync();  // until no CTA reads this one's memory any more
+}
+
+#endif
+
+template <class Element, class Factor, int kRank>
+__global__ void __launch_bounds__(DecodeTile<Factor, kRank>::kThreads, 2)
+    lora_decode_sm90_kernel(const __grid_constant__ LoraDecodeSm90Params p) {
+#if __CUDA_ARCH__ >= 900
+  using Tile = DecodeTile<Factor, kRank>;
+  extern __shared__ unsigned char shared[];
+  const uint32_t unaligned = ptx::shared_address(shared);
+  const uint32_t ring = (unaligned + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
+  unsigned char* const stages = shared + (ring - unaligned);
+  auto* const sums = reinterpret_cast<float*>(stages);
+  const uint32_t full = ring + Tile::kRingBytes, empty = full + 8 * Tile::kStages;
+  const int n0 = static_cast<int>(blockIdx.x / ptx::cluster_cta_count()) * Tile::kBlockN;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      ptx::mbarrier_init(full + i * 8, 1);
+      ptx::mbarrier_init(empty + i * 8, Tile::kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 32 * Tile::kConsumers) {
+    multiply_blocks<Element, Factor, kRank>(p, stages, full, empty, sums);
+  } else {
+    if (threadIdx.x % 32 == 0) stream_blocks<Tile>(p, ring, full, empty, n0);
+    __syncwarp();
+    __syncthreads();
+  }
+  __syncthreads();
+  finish_columns<Element, Factor, kRank>(p, sums, n0);
+#endif
+}
+
+}  // namespace fused_peft::cuda
