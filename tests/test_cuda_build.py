@@ -110,6 +110,24 @@ def test_main_loops(architecture):
     assert tiled >= 40
 
 
+@pytest.mark.parametrize(
+    ("note", "code"),
+    [
+        ("(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due", 1),
+        ("Used 168 registers", 0),
+    ],
+)
+def test_serialised_wgmma_fails_the_build(note, code):
+    script = Path(__file__).parents[1] / "csrc/kernels/cuda/refuse_serialised.sh"
+    done = subprocess.run([script, "sh", "-c", f"echo 'ptxas info : {note}' >&2"], check=False)
+    assert done.returncode == code
+
+
+def test_a_failed_compilation_fails_the_build():
+    script = Path(__file__).parents[1] / "csrc/kernels/cuda/refuse_serialised.sh"
+    assert subprocess.run([script, "sh", "-c", "exit 3"], check=False).returncode == 3
+
+
 @pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
 def test_hopper_main_loops():
     gemms = {name: lines for name, lines in machine_code("90").items() if "gemm_dual_sm90" in name}
@@ -143,3 +161,18 @@ def test_decode_streams_by_tensor_copies():
         assert smallest["LDSM.16.M88.4"] == 9, name
         assert not any(o.startswith(("LDG", "STS", "MEMBAR")) for o in smallest), name
     assert found == 8  # two types, two of factors, two ranks
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+def test_single_launch():
+    singles = {n: lines for n, lines in machine_code("90").items() if "lora_single" in n}
+    assert len(singles) == 8  # two types, two tiles, two ranks
+    for name, lines in singles.items():
+        main = [loop for loop in loops(lines) if sum(loop[o] for o in loop if "HGMMA" in o) >= 4]
+        # The loop of the first column's tiles, which forms s too, and that of the others.
+        smallest = sorted(main, key=lambda loop: loop.total())[:2]
+        products = [sum(loop[o] for o in loop if "HGMMA" in o) for loop in smallest]
+        assert max(products) >= 8, name
+        for loop in smallest:
+            assert not loop["MEMBAR.ALL.GPU"], name
+            assert not any(o.startswith(("LDS", "LDG", "STS")) for o in loop), name

@@ -51,9 +51,6 @@ SINGLE_FAULTS = {
     "wait without acquire": (LAYER, "ptx::load_acquire(flag", "ptx::load_relaxed(flag"),
     "s published without release": (
         LAYER, "ptx::store_release(flag(m0)", "ptx::store_relaxed(flag(m0)"),
-    "s published before the warp has written it": (
-        LAYER, "    __syncwarp();\n    if (lane == 0) ptx::store_release",
-        "    if (lane == 0) ptx::store_release"),
     "s published before it is there": (
         LAYER, "const uint32_t last = multiply_k<true>();",
         "if (threadIdx.x % 32 == 0) ptx::store_release(flag(m0), epoch + 1);\n"

@@ -14,7 +14,7 @@ struct LoraLinearShape {
   bool dropout = false;
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
   bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
-  bool lora_a_aligned = true, lora_b_aligned = true;  // and theirs
+  bool lora_a_aligned = true, lora_b_aligned = true;  // and those of the factors
   bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
 };
 
