@@ -282,10 +282,9 @@ def test_errors_of_many_draws_together_are_not_above_torchs(half):
 def test_bits_do_not_depend_on_the_schedule(shape):
     t = make(*shape, torch.bfloat16)
     results = []
-    for seed, (timing, sms) in itertools.product(
-        (0, 1), (("early", 2), ("late", 3), ("random", 0))
-    ):
-        schedule = simulator.options(seed=seed, async_timing=timing, max_sms=sms)
+    # On one device: another number of SMs is another plan, with other splits.
+    for seed, timing in itertools.product((0, 1, 2), ("early", "late", "random")):
+        schedule = simulator.options(seed=seed, async_timing=timing, max_sms=2)
         with forced(SIMULATED_CUDA), schedule:
             results.append(run(ops.prefix_attention, t, causal=True))
     for other in results[1:]:
