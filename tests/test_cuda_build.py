@@ -158,7 +158,8 @@ def test_decode_streams_by_tensor_copies():
         assert opcodes["UCGABAR_ARV"] == opcodes["UCGABAR_WAIT"] == 2, name
         main = [loop for loop in loops(lines) if any(o.startswith("HMMA") for o in loop)]
         smallest = min(main, key=lambda loop: loop.total())
-        assert smallest["LDSM.16.M88.4"] == 9, name
+        # W and x in each of four steps, x for s, and lora_a in 16 bits where a warp has 32 ranks.
+        assert smallest["LDSM.16.M88.4"] == (11 if "S2_Li64" in name else 9), name
         assert not any(o.startswith(("LDG", "STS", "MEMBAR")) for o in smallest), name
     assert found == 8  # two types, two of factors, two ranks
 

@@ -85,6 +85,7 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
     out["row_blocks"] = choice.row_blocks;
     out["ctas"] = choice.ctas;
     out["rank_blocks"] = choice.rank_blocks;
+    out["cluster"] = choice.cluster;
     return out;
   };
   const auto gemm = [](const cuda::GemmChoice& choice) {

@@ -39,6 +39,11 @@ template <class Element, class Factor>
 Status launch_down(int rank, const LoraDownParams& params, int64_t extra_ctas,
                    const LaunchContext& context);
 
+// The same on a cluster of choice.cluster CTAs; dtype is Element's.
+template <class Element, class Factor>
+Status launch_down_sm90(const SkinnyChoice& choice, const LoraDownParams& params, DType dtype,
+                        int64_t extra_ctas, const LaunchContext& context);
+
 template <class Element, class Factor>
 Status launch_decode(int rank, int64_t ctas, const LoraDecodeParams& params,
                      const LaunchContext& context);

@@ -11,19 +11,14 @@
 // the stores.
 #pragma once
 
-#include "kernels/cuda/lora_linear_config.h"
-#include "kernels/cuda/skinny_sm80.cuh"
-#include "kernels/cuda/tensor_map.h"
-#include "kernels/ptx/cluster.cuh"
-#include "kernels/ptx/mbarrier.cuh"
-#include "kernels/ptx/tensor_copy.cuh"
+#include "kernels/cuda/skinny_sm90.cuh"
 
 namespace fused_peft::cuda {
 
 struct LoraDecodeSm90Params {
   CUtensorMap weight;  // [N, K], boxes of kBlockN x kBlockK
   CUtensorMap x;       // [M, K], boxes of 16 x kBlockK
-  CUtensorMap lora_a;  // [R, K], boxes of kRank x kPanelColumns
+  CUtensorMap lora_a;  // [R, K], boxes of FactorStage
   int32_t m = 0, n = 0, r = 0;
   int32_t k_blocks = 0;          // ceil(K / kBlockK)
   const void* lora_b = nullptr;  // [N, R], rows contiguous
@@ -35,31 +30,26 @@ struct LoraDecodeSm90Params {
   int64_t y_stride = 0;
 };
 
-// A stage holds one k-block: rows of W, of x and of lora_a, 128 bytes each, swizzled by TMA as
-// tile_offset is. Float32 rows would be 256 bytes, which no swizzle spans: lora_a then comes in
-// panels of 8 k, rows dense, so that what a warp reads for one B fragment is contiguous.
+// A stage holds one k-block: rows of W, of x and of lora_a.
 template <class Factor, int kRank>
 struct DecodeTile {
-  static constexpr int kBlockN = kDecodeBlockN, kBlockK = kDecodeBlockK;
+  static constexpr int kBlockN = kDecodeBlockN, kBlockK = kSkinnyBlockK;
   static constexpr int kConsumers = 8;  // warps; one more is the producer
   static constexpr int kThreads = 32 * (kConsumers + 1);
   static constexpr int kWarpColumns = kBlockN / kConsumers;
   static_assert(kWarpColumns == 16, "one b fragment");
   static constexpr int kXOffset = kBlockN * kBlockK * 2;
   static constexpr int kFactorOffset = kXOffset + kSkinnyRows * kBlockK * 2;
-  static constexpr int kPanelColumns = sizeof(Factor) == 4 ? kChunk : kBlockK;
-  static constexpr int kPanels = kBlockK / kPanelColumns;
-  static constexpr int kPanelBytes = kRank * kPanelColumns * int{sizeof(Factor)};
-  static constexpr int kStageBytes = kFactorOffset + kPanels * kPanelBytes;
+  using Stage = FactorStage<Factor, kRank>;
+  static constexpr int kStageBytes = kFactorOffset + Stage::kBytes;
   // s: a warp takes one of the block's k16 steps and a part of the ranks.
   static constexpr int kSteps = kBlockK / 16;
   static constexpr int kRankPart = kRank / (kConsumers / kSteps);
 
-  static constexpr int kAlignment = 1024;  // of a swizzled box
   static constexpr int kStages =
-      (kDecodeSharedBytes - kAlignment) / (kStageBytes + 2 * int{sizeof(uint64_t)});
+      (kSkinnySharedBytes - kBoxAlignment) / (kStageBytes + 2 * int{sizeof(uint64_t)});
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kAlignment + kRingBytes + 2 * kStages * sizeof(uint64_t);
+  static constexpr int kSharedBytes = kBoxAlignment + kRingBytes + 2 * kStages * sizeof(uint64_t);
 
   // What the ring's memory holds once the last block is consumed, in floats.
   static constexpr int kYRow = kBlockN + 8, kSRow = kRank + 8;  // see sum_row
@@ -71,8 +61,7 @@ struct DecodeTile {
   static constexpr int kUp = kTotalY + kSkinnyRows * kBlockN;    // own rows of lora_b
   static constexpr int kUpRow = kRank + 1;
   static_assert((kUp + kBlockN * kUpRow) * 4 <= kRingBytes);
-  static_assert(kBlockK == kSwizzledColumns);
-  static_assert(kStages >= 3 && kStageBytes % kAlignment == 0 && kRankPart % 8 == 0);
+  static_assert(kStages >= 3 && kStageBytes % kBoxAlignment == 0 && kRankPart % 8 == 0);
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -91,45 +80,9 @@ __device__ inline void stream_blocks(const LoraDecodeSm90Params& p, uint32_t rin
     ptx::mbarrier_arrive_expect(barrier, Tile::kStageBytes);
     ptx::load_box(stage, &p.weight, k, n0, barrier);
     ptx::load_box(stage + Tile::kXOffset, &p.x, k, 0, barrier);
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel)
-      ptx::load_box(stage + Tile::kFactorOffset + panel * Tile::kPanelBytes, &p.lora_a,
-                    k + panel * Tile::kPanelColumns, 0, barrier);
+    Tile::Stage::load(stage + Tile::kFactorOffset, &p.lora_a, k, barrier);
     if (++slot == Tile::kStages) slot = 0, phase ^= 1;
   }
-}
-
-// acc[j] += rows of x times ranks first + 8j .. of this stage's lora_a, over one k16 step.
-template <class Element, class Factor, int kRank, int kBlocks>
-__device__ inline void multiply_factor(float (&acc)[kBlocks][4], const uint32_t (&a)[4],
-                                       const unsigned char* tile, int step, int first, int r,
-                                       int lane) {
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    const int column = first + j * 8;
-    if (column >= r) break;
-    if constexpr (sizeof(Factor) == 2) {
-      uint32_t b[2];
-      ptx::ldmatrix_x2(
-          b, ptx::shared_address(tile) + b_fragment<kDecodeBlockK>(column, step * 16, lane & 15));
-      mma16<Element>(acc[j], a, b[0], b[1]);
-    } else {
-      constexpr int kPanelBytes = DecodeTile<Factor, kRank>::kPanelBytes;
-      const unsigned char* at = tile + 2 * step * kPanelBytes + column * kChunk * 4 + lane * 8;
-      mma16_float_b<Element>(acc[j], a, *reinterpret_cast<const float2*>(at),
-                             *reinterpret_cast<const float2*>(at + kPanelBytes));
-    }
-  }
-}
-
-// One m16n8 accumulator into a row-major matrix of sums.
-__device__ inline void store_sums(float* sums, int row_floats, int column, const float (&acc)[4],
-                                  int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    ptx::store_shared_v2(
-        ptx::shared_address(sums + (lane / 4 + half * 8) * row_floats + column + lane % 4 * 2),
-        acc[2 * half], acc[2 * half + 1]);
 }
 
 // The consumers: each warp its columns of W, and its share of s.
@@ -176,16 +129,6 @@ __device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned c
   for (int j = 0; j < Tile::kRankPart / 8; ++j)
     store_sums(sums + Tile::kParts + step * kSkinnyRows * Tile::kSRow, Tile::kSRow,
                first_rank + j * 8, s_acc[j], lane);
-}
-
-// The sum over the cluster, in the order of the ranks, of the float at one place of their memory.
-__device__ inline float add_ranks(const float* own) {
-  const uint32_t address = ptx::shared_address(own);
-  const uint32_t ranks = ptx::cluster_cta_count();
-  float sum = ptx::load_cluster(ptx::cluster_address(address, 0));
-  for (uint32_t rank = 1; rank < ranks; ++rank)
-    sum += ptx::load_cluster(ptx::cluster_address(address, rank));
-  return sum;
 }
 
 // From the CTAs' sums to s and this CTA's columns of y.
@@ -251,7 +194,7 @@ __global__ void __launch_bounds__(DecodeTile<Factor, kRank>::kThreads, 2)
   using Tile = DecodeTile<Factor, kRank>;
   extern __shared__ unsigned char shared[];
   const uint32_t unaligned = ptx::shared_address(shared);
-  const uint32_t ring = (unaligned + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
+  const uint32_t ring = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
   unsigned char* const stages = shared + (ring - unaligned);
   auto* const sums = reinterpret_cast<float*>(stages);
   const uint32_t full = ring + Tile::kRingBytes, empty = full + 8 * Tile::kStages;

@@ -3,7 +3,6 @@
 
 #include "kernels/cuda/instances.h"
 #include "kernels/cuda/lora_decode_sm90.cuh"
-#include "kernels/cuda/tensor_map.h"
 
 namespace fused_peft::cuda {
 namespace {
@@ -22,7 +21,7 @@ Status launch_decode_rank(const LoraLinearForward& args, const DecodeChoice& cho
   const std::pair<MatrixTiling, CUtensorMap*> maps[] = {
       {tiling(p.weight, p.n, p.k, Tile::kBlockN), &params.weight},
       {tiling(p.x, p.m, p.k, kSkinnyRows), &params.x},
-      {tiling(p.lora_a, p.r, p.k, kRank, Tile::kPanelColumns), &params.lora_a}};
+      {tiling(p.lora_a, p.r, p.k, kRank, Tile::Stage::kPanelColumns), &params.lora_a}};
   for (const auto& [matrix, map] : maps)
     if (const Status status = encode_tensor_map(matrix, map); status != Status::kOk) return status;
   params.m = static_cast<int32_t>(p.m);

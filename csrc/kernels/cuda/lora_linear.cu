@@ -220,8 +220,11 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   down.terms = job.terms;
   down.copy = job.factor.copy;
   down.row_blocks = static_cast<int>(plan.down.ctas);
-  const Status status = launch_down<Element, Factor>(plan.down.rank, down,
-                                                     copy_ctas(down.copy, kSkinnyThreads), context);
+  const int64_t extra = copy_ctas(down.copy, kSkinnyThreads);
+  const Status status =
+      plan.down.cluster > 0
+          ? launch_down_sm90<Element, Factor>(plan.down, down, p.x.dtype, extra, context)
+          : launch_down<Element, Factor>(plan.down.rank, down, extra, context);
   if (status != Status::kOk) return status;
   gemm.source[1] = update_source(job.factor, job.terms);
   variant.dependent_source = 1;

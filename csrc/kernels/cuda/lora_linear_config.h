@@ -33,11 +33,18 @@ constexpr int64_t kMaxRank = 256;
 constexpr int64_t kSingleLaunchRowTiles = 2048;
 constexpr int64_t kSingleLaunchStateBytes = 32 * kSingleLaunchRowTiles + 256;
 
-// Tile of the sm_90 decode kernel: rows of 128 bytes, the widest that TMA swizzles, and as many as
-// keep R / kDecodeBlockN, the share of lora_a in what a CTA reads, under a half.
-constexpr int kDecodeBlockN = 128, kDecodeBlockK = 64;
+// The sm_90 kernels of narrow products take k in blocks whose rows are 128 bytes, the widest that
+// TMA swizzles.
+constexpr int kSkinnyBlockK = 64;
+// Columns of W of a decode tile: as many as keep the share of lora_a in what a CTA reads, R /
+// kDecodeBlockN of W's, at a half at most.
+constexpr int kDecodeBlockN = 128;
+// Rows of x of a lora_down tile: every tile reads all of lora_a, from L2, R / kDownRows of x's
+// bytes.
+constexpr int kDownRows = 64;
 // Two CTAs an SM of 228 KiB, of which each CTA's first KiB is the system's.
-constexpr int kDecodeSharedBytes = 113 * 1024;
+constexpr int kSkinnySharedBytes = 113 * 1024;
+constexpr int64_t kLargestTensorRow = int64_t{1} << 30;  // coordinates of TMA are 32 bits
 constexpr int32_t kMaxCluster = 8;  // that every device with clusters can launch
 
 struct DecodeChoice {
@@ -72,6 +79,7 @@ struct SkinnyChoice {
   int32_t row_blocks = 0;  // dy pass: 16-row blocks per CTA
   int64_t ctas = 0;
   int32_t rank_blocks = 1;  // x pass: how often x is read
+  int32_t cluster = 0;      // down: CTAs that split k; 0: the sm_80 kernel, whose warps do
 };
 
 struct LoraLinearPlan {
@@ -166,19 +174,40 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
 }
 
-// How many CTAs share the columns of a decode tile. The sm_80 kernel remains for rows that TMA
-// cannot address (16-byte steps) and for devices with clusters but less shared memory (sm_120: 99
-// KiB). W is read at full rate only with megabytes under way, so k is split as far as all CTAs are
-// still resident at once: two an SM, and a cluster's within one GPC, whose SMs are taken to be a
-// multiple of the cluster. A CTA without a k-block would only wait.
-constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
-  const int64_t tiles = ceil_div(p.n, kDecodeBlockN), blocks = ceil_div(p.k, kDecodeBlockK);
-  if (device.major < 9 || device.shared_per_block < kDecodeSharedBytes || !p.aligned ||
-      !p.lora_a_aligned || blocks == 0)
-    return {0, ceil_div(p.n, kDecodeColumns)};
+// How many CTAs split the k of a tile on sm_90. x and W are read at full rate only with megabytes
+// under way, so as many as are resident at once: two an SM, a cluster's within one GPC, whose SMs
+// are taken to be a multiple of the cluster. A CTA without a k-block would only wait.
+constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& device) {
   int32_t cluster = kMaxCluster;
-  while (cluster > 1 && (tiles > 2 * (device.num_sms / cluster) || blocks < cluster)) cluster /= 2;
+  while (cluster > 1 &&
+         (tiles > 2 * (device.num_sms / cluster) || ceil_div(k, kSkinnyBlockK) < cluster))
+    cluster /= 2;
+  return cluster;
+}
+
+// The sm_80 kernels remain for rows that TMA cannot address (16-byte steps) and for devices with
+// clusters but less shared memory (sm_120: 99 KiB).
+constexpr bool has_skinny_sm90(const LoraLinearShape& p, const DeviceFacts& device) {
+  return device.major >= 9 && device.shared_per_block >= kSkinnySharedBytes && p.aligned &&
+         p.lora_a_aligned && p.k > 0;
+}
+
+constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
+  if (!has_skinny_sm90(p, device)) return {0, ceil_div(p.n, kDecodeColumns)};
+  const int64_t tiles = ceil_div(p.n, kDecodeBlockN);
+  const int32_t cluster = choose_cluster(tiles, p.k, device);
   return {cluster, tiles * cluster};
+}
+
+constexpr SkinnyChoice choose_down(const LoraLinearShape& p, const DeviceFacts& device) {
+  SkinnyChoice choice = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
+  // A tile of 256 ranks would be 128 accumulators a thread, and spills.
+  if (choice.rank > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
+  const int64_t tiles = ceil_div(p.m, kDownRows);
+  choice.row_blocks = kDownRows / 16;
+  choice.cluster = choose_cluster(tiles, p.k, device);
+  choice.ctas = tiles * choice.cluster;
+  return choice;
 }
 
 // Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
@@ -201,7 +230,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   else
     plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
   plan.gemm_backward = choose_gemm(p.m, p.k, p.aligned, device);
-  plan.down = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
+  plan.down = choose_down(p, device);
   plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
   const int32_t x_rank = rank_tile(p.r, 128);
   plan.x_pass = {x_rank, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, x_rank))};

@@ -1,0 +1,94 @@
+// What the sm_90 kernels of narrow products share: lora_a in the stages of a ring that TMA fills,
+// and sums that the CTAs of a cluster, which split k, swap through distributed shared memory.
+#pragma once
+
+#include "kernels/cuda/lora_linear_config.h"
+#include "kernels/cuda/skinny_sm80.cuh"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/tensor_copy.cuh"
+
+namespace fused_peft::cuda {
+
+static_assert(kSkinnyBlockK == kSwizzledColumns);
+constexpr int kBoxAlignment = 1024;  // of a swizzled box in shared memory
+
+// A k-block of lora_a in a stage: rows of 128 bytes, swizzled by TMA as tile_offset is. Float32
+// rows would be 256 bytes, which no swizzle spans: they come in panels of 8 k, dense, so that what
+// a warp reads for one B fragment is contiguous.
+template <class Factor, int kRank>
+struct FactorStage {
+  static constexpr int kPanelColumns = sizeof(Factor) == 4 ? kChunk : kSkinnyBlockK;
+  static constexpr int kPanels = kSkinnyBlockK / kPanelColumns;
+  static constexpr int kPanelBytes = kRank * kPanelColumns * int{sizeof(Factor)};
+  static constexpr int kBytes = kPanels * kPanelBytes;
+
+#if __CUDA_ARCH__ >= 900
+  __device__ static void load(uint32_t stage, const CUtensorMap* lora_a, int k, uint32_t barrier) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::load_box(stage + panel * kPanelBytes, lora_a, k + panel * kPanelColumns, 0, barrier);
+  }
+#endif
+};
+
+#if __CUDA_ARCH__ >= 900
+
+// acc[j] += rows of x times ranks first + 8j .. of this stage's lora_a, over one k16 step.
+template <class Element, class Factor, int kRank, int kBlocks>
+__device__ inline void multiply_factor(float (&acc)[kBlocks][4], const uint32_t (&a)[4],
+                                       const unsigned char* tile, int step, int first, int r,
+                                       int lane) {
+  if constexpr (sizeof(Factor) == 2) {
+    const uint32_t shared = ptx::shared_address(tile);
+    if constexpr (kBlocks == 1) {
+      uint32_t b[2];
+      ptx::ldmatrix_x2(b, shared + b_fragment<kSkinnyBlockK>(first, step * 16, lane & 15));
+      mma16<Element>(acc[0], a, b[0], b[1]);
+    } else {
+#pragma unroll
+      for (int pair = 0; pair < kBlocks / 2; ++pair) {
+        if (first + pair * 16 >= r) break;
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, shared + b_fragment<kSkinnyBlockK>(first + pair * 16, step * 16, lane));
+        mma16<Element>(acc[2 * pair], a, b[0], b[1]);
+        mma16<Element>(acc[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    constexpr int kPanelBytes = FactorStage<Factor, kRank>::kPanelBytes;
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const int column = first + j * 8;
+      if (column >= r) break;
+      const unsigned char* at = tile + 2 * step * kPanelBytes + column * kChunk * 4 + lane * 8;
+      mma16_float_b<Element>(acc[j], a, *reinterpret_cast<const float2*>(at),
+                             *reinterpret_cast<const float2*>(at + kPanelBytes));
+    }
+  }
+}
+
+// One m16n8 accumulator into a row-major matrix of sums.
+__device__ inline void store_sums(float* sums, int row_floats, int column, const float (&acc)[4],
+                                  int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    ptx::store_shared_v2(
+        ptx::shared_address(sums + (lane / 4 + half * 8) * row_floats + column + lane % 4 * 2),
+        acc[2 * half], acc[2 * half + 1]);
+}
+
+// The sum over the cluster, in the order of the ranks, of the float at one place of their memory.
+__device__ inline float add_ranks(const float* own) {
+  const uint32_t address = ptx::shared_address(own);
+  const uint32_t ranks = ptx::cluster_cta_count();
+  float sum = ptx::load_cluster(ptx::cluster_address(address, 0));
+  for (uint32_t rank = 1; rank < ranks; ++rank)
+    sum += ptx::load_cluster(ptx::cluster_address(address, rank));
+  return sum;
+}
+
+#endif
+
+}  // namespace fused_peft::cuda
