@@ -191,8 +191,9 @@ def test_rank_512_and_leading_dimensions(backend):
     )
 
 
-def test_no_rows(backend):
-    t = make(0, 6, 8, 2, torch.float32, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows(backend, dtype):
+    t = make(0, 6, 8, 2, dtype, dtype)
     out = run(ops.lora_linear, t, scaling=1.0)
     assert out["y"].shape == (0, 6)
     assert out["dx"].shape == (0, 8)
