@@ -34,8 +34,8 @@ FAULTS = {
     "mask applied a tile late": (
         GEMM, "gemm_dual_sm80.cuh", "tile + 1 == tiles_first", "tile == tiles_first"),
     "one warp's partial sum lost": (
-        BACKWARD, "lora_backward_sm80.cuh", "for (int w = 1; w < kWarps; ++w) sum += sums[(w * kP",
-        "for (int w = 2; w < kWarps; ++w) sum += sums[(w * kP"),
+        BACKWARD, "lora_backward_sm80.cuh", "for (int w = 1; w < kWarps; ++w) sum += sums[(w * kR",
+        "for (int w = 2; w < kWarps; ++w) sum += sums[(w * kR"),
     "dropout counters of another element": (
         BACKWARD, "lora_backward_sm80.cuh", "static_cast<uint64_t>(m * p.k + k)",
         "static_cast<uint64_t>(m * p.k + k + 4)"),
