@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from counts import add_device_options
 from lora_counts import count
 from lora_peers import PEERS, build
 from timing import (
@@ -30,6 +31,8 @@ from timing import (
     write_json,
 )
 from torch import Tensor, nn
+
+from fused_peft import simulator
 
 # M x K x N: SmolLM2-135M's projections at 512 tokens, two square layers, and decoding on those.
 DEFAULT_SHAPES = (
@@ -125,7 +128,7 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=list(DEFAULT_PEERS))
+    add_device_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--shapes", help="MxKxN, comma-separated")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
@@ -159,8 +162,12 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     print(f"{machine()}, {args.dtype}, r={args.r}\n")
     if args.device == "simulated-cuda":
-        counts = [count(shape, args.r, dtype) for shape in args.shapes.split(",")]
-        write_json(args.json, {"dtype": args.dtype, "r": args.r, "counts": counts})
+        with simulator.use_device(args.simulated_device):
+            counts = [count(shape, args.r, dtype) for shape in args.shapes.split(",")]
+        write_json(
+            args.json,
+            {"device": args.simulated_device, "dtype": args.dtype, "r": args.r, "counts": counts},
+        )
         return
     results = [r for shape in args.shapes.split(",") for r in measure(args, shape, dtype)]
     means = report(results, args.peers)

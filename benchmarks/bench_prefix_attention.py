@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from attention_peers import PEERS, Attention, available, build
-from counts import print_launches, simulated_passes
+from counts import add_device_options, print_launches, simulated_passes
 from timing import (
     keep_freed_memory,
     machine,
@@ -32,7 +32,7 @@ from timing import (
 )
 from torch import Tensor
 
-from fused_peft import prefix_attention
+from fused_peft import prefix_attention, simulator
 
 # B, Hq, Hkv, S, D, P (and T where it is not S): SmolLM2's heads at three lengths, a head of 128 as
 # in 7B models, decoding with a cache.
@@ -173,7 +173,7 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=list(DEFAULT_PEERS))
+    add_device_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--problems", help="BxHqxHkvxSxDxP or ...xPxT, comma-separated")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
@@ -202,8 +202,11 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     print(f"{machine()}, {args.dtype}\n")
     if args.device == "simulated-cuda":
-        counts = [count(problem, dtype) for problem in args.problems.split(",")]
-        write_json(args.json, {"dtype": args.dtype, "counts": counts})
+        with simulator.use_device(args.simulated_device):
+            counts = [count(problem, dtype) for problem in args.problems.split(",")]
+        write_json(
+            args.json, {"device": args.simulated_device, "dtype": args.dtype, "counts": counts}
+        )
         return
     results = [r for problem in args.problems.split(",") for r in measure(args, problem, dtype)]
     means = report(results, args.peers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 from collections.abc import Callable
@@ -13,7 +14,13 @@ from torch import Tensor
 
 import fused_peft
 from fused_peft import simulator
-from fused_peft.simulator import Counters
+from fused_peft.simulator import DEVICES, Counters
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """``--device``, and which GPU is simulated."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "simulated-cuda"])
+    parser.add_argument("--simulated-device", default="h100", choices=DEVICES)
 
 
 @dataclass(frozen=True)
