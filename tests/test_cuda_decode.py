@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 from backends import SIMULATED_CUDA, forced, relative_error
-from cuda_faults import Fault, assert_seen, build, needs_build_folder, run_check
+from cuda_faults import ROOT, Fault, assert_seen, build, needs_build_folder, run_check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_lora import A100, H100, RTX4090
@@ -205,7 +205,7 @@ def test_infinities_of_one_column_stay_in_it():
 
 # ---- faults
 
-HEADER = "lora_decode_sm90.cuh"
+HEADER, SHARED_HEADER = "lora_decode_sm90.cuh", "skinny_sm90.cuh"
 FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
 RELEASE = "if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);"
 RING_FREE = "__syncthreads();  // with the producer: the ring is free"
@@ -272,8 +272,12 @@ for shape, timing in [
 
 
 def build_changed(folder, changes=()):
-    """With texts of the header replaced: old, new, old, new ..."""
-    faults = [Fault(HEADER, *pair) for pair in zip(changes[::2], changes[1::2], strict=True)]
+    """With texts of the headers replaced: old, new, old, new ..."""
+    shared = (ROOT / "csrc/kernels/cuda" / SHARED_HEADER).read_text()
+    faults = [
+        Fault(SHARED_HEADER if old in shared else HEADER, old, new)
+        for old, new in zip(changes[::2], changes[1::2], strict=True)
+    ]
     return build(folder, "lora_decode_bf16_sm90.cu", *faults)
 
 
