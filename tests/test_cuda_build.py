@@ -78,6 +78,11 @@ def test_no_kernel_uses_local_memory():
     assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
     assert len(found) >= 80 * len(ARCHITECTURES)
     for key, usage in found.items():
+        architecture, name = key
+        if architecture.startswith("12") and "sm90" in name:
+            # One front end serves sm_90 to sm_120; these need more shared memory than sm_12x has,
+            # so that the plan never chooses them there.
+            continue
         assert usage["LOCAL"] == 0, key
         assert usage["STACK"] == 0, key
         assert 0 < usage["REG"] <= 255, key

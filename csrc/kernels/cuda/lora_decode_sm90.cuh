@@ -64,7 +64,7 @@ struct DecodeTile {
   static_assert(kStages >= 3 && kStageBytes % kBoxAlignment == 0 && kRankPart % 8 == 0);
 };
 
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
 
 // The producer: one thread streams this CTA's k-blocks through the ring.
 template <class Tile>
@@ -190,7 +190,7 @@ __device__ inline void finish_columns(const LoraDecodeSm90Params& p, float* sums
 template <class Element, class Factor, int kRank>
 __global__ void __launch_bounds__(DecodeTile<Factor, kRank>::kThreads, 2)
     lora_decode_sm90_kernel(const __grid_constant__ LoraDecodeSm90Params p) {
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
   using Tile = DecodeTile<Factor, kRank>;
   extern __shared__ unsigned char shared[];
   const uint32_t unaligned = ptx::shared_address(shared);

@@ -33,7 +33,7 @@ struct DownTile {
   static_assert(kStages >= 3 && kStageBytes % kBoxAlignment == 0);
 };
 
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
 
 // Dropout on a warp's 16 rows and 32 k of a stage: each lane masks two chunks, eight rows apart.
 template <class Element>
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(DownTile<Factor, kRank>::kThreads, 2)
     lora_down_sm90_kernel(const __grid_constant__ LoraDownParams p,
                           const __grid_constant__ CUtensorMap x,
                           const __grid_constant__ CUtensorMap lora_a) {
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
   using Tile = DownTile<Factor, kRank>;
   extern __shared__ unsigned char shared[];
   ptx::grid_dependency_wait();

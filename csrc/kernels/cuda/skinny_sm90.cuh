@@ -9,9 +9,6 @@
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/tensor_copy.cuh"
 
-// Where has_skinny_sm90 may choose these kernels: sm_12x has too little shared memory for them.
-#define FUSED_PEFT_SKINNY_SM90 (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-
 namespace fused_peft::cuda {
 
 static_assert(kSkinnyBlockK == kSwizzledColumns);
@@ -27,7 +24,7 @@ struct FactorStage {
   static constexpr int kPanelBytes = kRank * kPanelColumns * int{sizeof(Factor)};
   static constexpr int kBytes = kPanels * kPanelBytes;
 
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
   __device__ static void load(uint32_t stage, const CUtensorMap* lora_a, int k, uint32_t barrier) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
@@ -36,7 +33,7 @@ struct FactorStage {
 #endif
 };
 
-#if FUSED_PEFT_SKINNY_SM90
+#if __CUDA_ARCH__ >= 900
 
 // acc[j] += rows of x times ranks first + 8j .. of this stage's lora_a, over one k16 step.
 template <class Element, class Factor, int kRank, int kBlocks>
