@@ -79,6 +79,32 @@ def run_check(library: Path, program: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def forward_check(problems: str, options: str) -> str:
+    """A program that runs the layer's forward kernels on (shape, dropout_p, timing) in a list."""
+    return f"""
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from backends import relative_error
+from test_lora_ops import make
+from fused_peft import reference, simulator
+
+simulator._torch.load_kernels()
+for shape, p, timing in {problems}:
+    t = make(*shape, torch.bfloat16, torch.bfloat16)
+    operands = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "bias")]
+    simulator.reset()
+    with simulator.simulated_cuda(), simulator.options(async_timing=timing, {options}):
+        y, s = torch.ops.fused_peft_simulated.lora_linear(*operands, 0.7, p, torch.tensor(5))
+    for finding in simulator.findings():
+        sys.exit(f"finding: {{finding.kind}} at {{finding.source}}")
+    kwargs = {{"dropout_p": p, "seed": torch.tensor(5)}} if p else {{}}
+    truth = reference.lora_linear(*(o.double() for o in operands), scaling=0.7, **kwargs)
+    error = relative_error(y, truth)
+    if not error < 1e-2:
+        sys.exit(f"y: {{error}}")
+"""
+
+
 def assert_seen(done: subprocess.CompletedProcess[str]) -> None:
     """The check has failed, by a finding, an error or a launch that could not go on."""
     assert done.returncode != 0

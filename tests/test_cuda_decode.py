@@ -11,7 +11,15 @@ import itertools
 import pytest
 import torch
 from backends import SIMULATED_CUDA, forced, relative_error
-from cuda_faults import ROOT, Fault, assert_seen, build, needs_build_folder, run_check
+from cuda_faults import (
+    ROOT,
+    Fault,
+    assert_seen,
+    build,
+    forward_check,
+    needs_build_folder,
+    run_check,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_lora import A100, H100, RTX4090
@@ -246,29 +254,13 @@ FAULTS = {
         "int block = 0; block < p.k_blocks; block += ranks"),
 }  # fmt: skip
 
-CHECK = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from backends import relative_error
-from test_lora_ops import make
-from fused_peft import reference, simulator
-
-simulator._torch.load_kernels()
-for shape, timing in [
-    ((16, 264, 3400, 24), "late"), ((5, 72, 3400, 8), "early"), ((9, 136, 520, 16), "random")
-]:
-    t = make(*shape, torch.bfloat16, torch.bfloat16)
-    operands = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "bias")]
-    simulator.reset()
-    with simulator.simulated_cuda(), simulator.options(async_timing=timing, hang_budget=300_000):
-        y, s = torch.ops.fused_peft_simulated.lora_linear(*operands, 0.7, 0.0, None)
-    for finding in simulator.findings():
-        sys.exit(f"finding: {finding.kind} at {finding.source}")
-    truth = reference.lora_linear(*(o.double() for o in operands), scaling=0.7)
-    error = relative_error(y, truth)
-    if not error < 1e-2:
-        sys.exit(f"y: {error}")
-"""
+CHECK = forward_check(
+    """[
+    ((16, 264, 3400, 24), 0.0, "late"), ((5, 72, 3400, 8), 0.0, "early"),
+    ((9, 136, 520, 16), 0.0, "random"),
+]""",
+    "hang_budget=300_000",
+)
 
 
 def build_changed(folder, changes=()):

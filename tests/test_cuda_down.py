@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from backends import A100, H100, SIMULATED_CUDA, forced
-from cuda_faults import Fault, assert_seen, build, needs_build_folder, run_check
+from cuda_faults import Fault, assert_seen, build, forward_check, needs_build_folder, run_check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lora_ops import assert_no_worse_than_torch, make
@@ -130,34 +130,13 @@ FAULTS = {
     "rows beyond M written": ("if (m >= p.x.rows) continue;", ""),
 }  # fmt: skip
 
-CHECK = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from backends import relative_error
-from test_lora_ops import make
-from fused_peft import reference, simulator
-
-simulator._torch.load_kernels()
-for shape, p, timing in [
+CHECK = forward_check(
+    """[
     ((70, 520, 4360, 24), 0.3, "late"), ((70, 520, 4360, 24), 0.0, "early"),
-    ((130, 520, 520, 8), 0.3, "random")
-]:
-    t = make(*shape, torch.bfloat16, torch.bfloat16)
-    operands = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "bias")]
-    simulator.reset()
-    with (
-        simulator.simulated_cuda(),
-        simulator.options(async_timing=timing, max_sms=8, hang_budget=300_000),
-    ):
-        y, s = torch.ops.fused_peft_simulated.lora_linear(*operands, 0.7, p, torch.tensor(5))
-    for finding in simulator.findings():
-        sys.exit(f"finding: {finding.kind} at {finding.source}")
-    kwargs = {"dropout_p": p, "seed": torch.tensor(5)} if p else {}
-    truth = reference.lora_linear(*(o.double() for o in operands), scaling=0.7, **kwargs)
-    error = relative_error(y, truth)
-    if not error < 1e-2:
-        sys.exit(f"y: {error}")
-"""
+    ((130, 520, 520, 8), 0.3, "random"),
+]""",
+    "max_sms=8, hang_budget=300_000",
+)
 
 
 def build_changed(folder, *change):
