@@ -63,6 +63,11 @@ const char* name_of(cuda::ForwardPath path) {
   return "down projection, then GEMM";
 }
 
+const char* name_of(cuda::BackwardPath path) {
+  return path == cuda::BackwardPath::kSingleLaunch ? "GEMM with the dy pass, then x pass"
+                                                   : "dy pass, x pass, GEMM";
+}
+
 const char* name_of(cuda::GemmKernel kernel) {
   switch (kernel) {
     case cuda::GemmKernel::kPingpong: return "sm_90a pingpong";
@@ -102,6 +107,7 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
   pybind11::dict out;
   out["forward"] = name_of(plan.forward);
   out["forward_launches"] = plan.forward_launches;
+  out["backward"] = name_of(plan.backward);
   out["backward_launches"] = plan.backward_launches;
   out["decode_cluster"] = plan.decode.cluster;
   out["decode_ctas"] = plan.decode.ctas;
