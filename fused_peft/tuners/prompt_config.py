@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import AdapterError
-from ..nn.adapter_spec import check_dropout, check_rank, near_matches
-from .config import TASK_TYPES
+from ..nn.adapter_spec import check_dropout, check_rank
+from .base_config import AdapterConfig
 
 _ConfigT = TypeVar("_ConfigT", bound="PromptLearningConfig")
 
 _INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS")
 _ENCODERS = ("MLP", "LSTM")
 _PREFIX_INITS = ("random", "zero", "text")
-_IRRELEVANT = frozenset({"auto_mapping", "peft_version", "runtime_config"})
 
 
 @dataclass(kw_only=True)
-class PromptLearningConfig:
+class PromptLearningConfig(AdapterConfig):
     """What the three methods share. Sizes that are None are filled in from the model.
 
     Args:
@@ -42,7 +40,6 @@ class PromptLearningConfig:
         TypeError, ValueError: a field is unknown or its value out of range; the message names it.
     """
 
-    peft_type: ClassVar[str] = ""
     #: Fields that PEFT's file does not know.
     _own: ClassVar[frozenset[str]] = frozenset()
 
@@ -57,14 +54,6 @@ class PromptLearningConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    def __new__(cls, *args: object, **kwargs: object) -> Any:
-        """Refuse unknown keywords, with near matches, and a missing num_virtual_tokens."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no field {name!r}{near_matches(name, known)}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         check_rank("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("token_dim", "num_attention_heads", "num_layers"):
@@ -74,13 +63,7 @@ class PromptLearningConfig:
                 f"num_transformer_submodules is {self.num_transformer_submodules!r}; expected None,"
                 " 1 or 2"
             )
-        given: object = self.task_type
-        if isinstance(given, enum.Enum):  # PEFT's own TaskType
-            self.task_type = str(given.value)
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(
-                f"task_type is {self.task_type!r}; expected None or one of {', '.join(TASK_TYPES)}"
-            )
+        self._check_task_type()
         self._check_strings("base_model_name_or_path", "revision")
         self._check_bools("inference_mode")
         if self.modules_to_save is not None:
@@ -89,16 +72,6 @@ class PromptLearningConfig:
     def _check_optional_size(self, name: str) -> None:
         if getattr(self, name) is not None:
             check_rank(name, getattr(self, name))
-
-    def _check_strings(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a str or None")
-
-    def _check_bools(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a bool")
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
@@ -141,21 +114,7 @@ class PromptLearningConfig:
         Raises:
             AdapterError: it is another kind of adapter, or a value is out of range.
         """
-        if not isinstance(content, Mapping):
-            raise AdapterError(f"the adapter's config is {content!r}; expected a JSON object")
-        if content.get("peft_type") != cls.peft_type:
-            raise AdapterError(
-                f"peft_type is {content.get('peft_type')!r}; expected {cls.peft_type!r}"
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = content.keys() - known - _IRRELEVANT - {"peft_type"}
-        if unknown:
-            warnings.warn(
-                f"unexpected keys {sorted(unknown)} in the adapter's config are ignored; a later "
-                "version of PEFT may have written it",
-                stacklevel=2,
-            )
-        values = {k: content[k] for k in known & content.keys() if content[k] is not None}
+        values = cls._fields_in(content)
         if "num_virtual_tokens" not in values:
             raise AdapterError("the adapter's config has no num_virtual_tokens")
         try:
