@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fused_peft import _C, ops, simulator
 from fused_peft.nn import LoraLinear, LoraWrappedLinear
 from fused_peft.nn.base_layer import kind_of
+from fused_peft.ops._common import autocast
 from fused_peft.ops._devices import kernel_device
 
 
@@ -51,7 +52,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     weight = layer.weight
     dtype = ops.autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
     name = names[0]
     reason = ops.fallback_reason(x, weight, layer.lora_A[name], layer.lora_B[name])
     if reason is not None:
@@ -76,7 +77,9 @@ def _explain_wrapped(layer: LoraWrappedLinear, x: Tensor) -> str:
     with torch.no_grad():
         y = layer.base_layer(x)
     dtype = ops.autocast_dtype(x.device.type)
-    x = x.to(y.device, dtype)
+    x = x.to(y.device)
+    if dtype is not None:
+        x = autocast(x, dtype)
     name = names[0]
     reason = ops.update_fallback_reason(y, x, layer.lora_A[name], layer.lora_B[name])
     if reason is not None:

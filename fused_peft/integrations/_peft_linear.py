@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fused_peft import ops
 from fused_peft.nn.adapter_sum import Adapter, linear_with_adapters
-from fused_peft.ops._common import KERNEL_DTYPES, differentiated_otherwise
+from fused_peft.ops._common import KERNEL_DTYPES, autocast, differentiated_otherwise
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -102,8 +102,8 @@ def operands_of(layer: Any, x: Tensor) -> _Operands | str:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"x has shape {tuple(x.shape)}; expected [..., {weight.shape[1]}]"
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = None if bias is None else autocast(bias, dtype)
     rank = 0
     for adapter in adapters:
         reason = ops.fallback_reason(x, weight, adapter.lora_a, adapter.lora_b)

@@ -13,6 +13,7 @@ from ._autograd import DifferentiableOp, Gradients, Kernel
 from ._common import (
     KERNEL_DTYPES,
     MAX_RANK,
+    autocast,
     autocast_dtype,
     check_dropout,
     differentiated_otherwise,
@@ -100,7 +101,8 @@ def lora_linear(
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3. Gradients
     exist for x, lora_a, lora_b and bias, each formed only where it is asked for. Under autocast
-    x, weight and bias are cast to the autocast dtype; lora_a and lora_b keep theirs.
+    x, weight and bias are cast to the autocast dtype unless they are float64; lora_a and lora_b
+    keep theirs.
 
     Args:
         x: ``[..., K]``, any strides. float32, bfloat16 and float16 run the kernels.
@@ -125,8 +127,8 @@ def lora_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = None if bias is None else autocast(bias, dtype)
     _check_operands(x, weight, lora_a, lora_b, bias)
     check_dropout(dropout_p, seed)
     if fallback_reason(x, weight, lora_a, lora_b) is None and not differentiated_otherwise():

@@ -13,6 +13,7 @@ from ._autograd import DifferentiableOp, Gradients, Kernel
 from ._common import (
     KERNEL_DTYPES,
     MAX_RANK,
+    autocast,
     autocast_dtype,
     check_dropout,
     differentiated_otherwise,
@@ -78,7 +79,7 @@ def lora_update(
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3, where the
     product with the weight is not ours to compute: the weight is packed in 4 or 8 bits, say. base
     is left alone. Gradients exist for base (it is y's), x, lora_a and lora_b. Under autocast x is
-    cast to the autocast dtype; lora_a and lora_b keep theirs.
+    cast to the autocast dtype unless it is float64; lora_a and lora_b keep theirs.
 
     Args:
         base: ``[..., N]``, what the layer computes without the adapter.
@@ -100,7 +101,7 @@ def lora_update(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x = x.to(dtype)
+        x = autocast(x, dtype)
     _check_operands(base, x, lora_a, lora_b)
     check_dropout(dropout_p, seed)
     if update_fallback_reason(base, x, lora_a, lora_b) is None and not differentiated_otherwise():

@@ -10,7 +10,13 @@ from torch import Tensor
 from fused_peft import _C, reference
 
 from ._autograd import DifferentiableOp, Gradients, Kernel
-from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
+from ._common import (
+    KERNEL_DTYPES,
+    autocast,
+    autocast_dtype,
+    check_dropout,
+    differentiated_otherwise,
+)
 from ._devices import CUDA_DTYPES, kernel_device
 
 MAX_HEAD_DIM: int = _C.max_head_dim
@@ -165,7 +171,7 @@ def prefix_attention(
     pass is that of Dao, "FlashAttention-2", 2023. Neither the concatenation, nor the prefix
     expanded over the batch, nor keys expanded over a group of query heads, nor a ``[S, T]`` mask
     or score matrix exists in memory. Gradients exist for q, k, v, prefix_k and prefix_v. Under
-    autocast these five are cast to the autocast dtype.
+    autocast these five are cast to the autocast dtype unless they are float64.
 
     Args:
         q: ``[B, Hq, S, D]``, any strides. float32, bfloat16 and float16 run the kernels.
@@ -194,9 +200,9 @@ def prefix_attention(
     """
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        prefix_k = None if prefix_k is None else prefix_k.to(dtype)
-        prefix_v = None if prefix_v is None else prefix_v.to(dtype)
+        q, k, v = autocast(q, dtype), autocast(k, dtype), autocast(v, dtype)
+        prefix_k = None if prefix_k is None else autocast(prefix_k, dtype)
+        prefix_v = None if prefix_v is None else autocast(prefix_v, dtype)
     _check_operands(
         q, k, v, prefix_k, prefix_v, causal, key_lengths, key_mask, query_start, sliding_window
     )
