@@ -49,11 +49,14 @@ class FusedLinear(Linear):
     def _get_name(self) -> str:
         return "Linear[fused_peft]"
 
-    def _explain_path(self, x: Tensor) -> tuple[list[str], str | None]:
-        """The active adapters, and why PEFT's own forward runs on x (None: the kernel does)."""
+    def _explain_path(self, x: Tensor) -> dict[str, float] | str:
+        """The dropout of each active adapter, or why PEFT's own forward runs on x."""
         operands = operands_of(self, x)
+        if isinstance(operands, str):
+            return operands
         names = [name for name in self.active_adapters if name in self.lora_A]
-        return names, operands if isinstance(operands, str) else None
+        dropout = [adapter.dropout_p for adapter in operands.adapters]
+        return dict(zip(names, dropout, strict=True))
 
 
 # ---- who is served -------------------------------------------------------------------------------

@@ -31,11 +31,16 @@ class Term(NamedTuple):
     dropout_p: float
 
 
+def groups(dropout_p: Sequence[float]) -> list[list[int]]:
+    """Which adapters make one term: those that drop nothing the first, each other one its own."""
+    whole = [i for i, p in enumerate(dropout_p) if p == 0.0]
+    return ([whole] if whole else []) + [[i] for i, p in enumerate(dropout_p) if p > 0.0]
+
+
 def joined(adapters: Sequence[Adapter]) -> list[Term]:
-    """The same sum without the biases; adapters that drop nothing are its first term, together."""
-    whole = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
-    dropped = [[adapter] for adapter in adapters if adapter.dropout_p > 0.0]
-    return [_side_by_side(group) for group in ([whole] if whole else []) + dropped]
+    """The same sum without the biases, a term for each of :func:`groups`."""
+    found = groups([adapter.dropout_p for adapter in adapters])
+    return [_side_by_side([adapters[i] for i in group]) for group in found]
 
 
 def _side_by_side(adapters: Sequence[Adapter]) -> Term:
