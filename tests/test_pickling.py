@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ pytest.importorskip("transformers")
 import prompt_models
 from prefix_models import inputs, model, task, tokens
 
-from fused_peft import LoraConfig, fuse_model, get_peft_model, load_adapter, save_adapter
+from fused_peft import (
+    LoraConfig,
+    fuse_model,
+    get_peft_model,
+    load_adapter,
+    save_adapter,
+    use_fused_attention,
+)
 from fused_peft.integrations.trainer import save_adapters_only
 
 
@@ -104,3 +113,23 @@ def test_a_copy_saves_its_own_adapter_as_a_trainer_s_model(how: str, tmp_path: P
     save_adapter(twin, tmp_path)
     with pytest.raises(RuntimeError, match="Missing key"):
         twin.load_state_dict(dict(list(trainable(built).items())[1:]))
+
+
+def test_another_process_knows_the_attention(tmp_path: Path) -> None:
+    fused, attention = adapted("LoRA", "llama"), model("llama")
+    use_fused_attention(attention)
+    models = {"prefix": prompt_models.trained("prefix"), "fused": fused, "attention": attention}
+    torch.save(models, tmp_path / "models")
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    expected = {name: built(ids).logits for name, built in models.items()}
+    script = (
+        "import sys, torch\n"
+        "models = torch.load(sys.argv[1], weights_only=False)\n"
+        "ids = torch.ones(1, 4, dtype=torch.int64)\n"
+        "torch.save({name: m(ids).logits for name, m in models.items()}, sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "models", tmp_path / "logits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, logits in torch.load(tmp_path / "logits").items():
+        torch.testing.assert_close(logits, expected[name], rtol=1e-4, atol=1e-5)
