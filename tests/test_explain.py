@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from fused_peft import LoraLinear, LoraWrappedLinear, explain, ops, reference
+from fused_peft import (
+    LoraLinear,
+    LoraWrappedLinear,
+    explain,
+    ops,
+    reference,
+    simulated_cuda,
+    simulator,
+)
 
 
 def several(make: Callable[..., Any], *, r: int = 2, **dropout: float) -> Any:
@@ -68,3 +76,13 @@ def test_the_ranks_add_up(
     assert f"the rank is {ops.MAX_RANK + 2}; kernels exist up to {ops.MAX_RANK}" in explain(
         layer, X
     )
+
+
+@pytest.mark.skipif(not simulator.has_kernels(), reason="no nvcc, so no CUDA kernels were built")
+def test_the_simulated_device_is_in_force_to_the_end_of_the_outermost_context() -> None:
+    layer, x = plain(dtype=torch.bfloat16), X.bfloat16()
+    with simulated_cuda():
+        with simulated_cuda():
+            assert explain(layer, x).startswith("kernel: CUDA")
+        assert explain(layer, x).startswith("kernel: CUDA")
+    assert explain(layer, x).startswith("kernel: cpu")
