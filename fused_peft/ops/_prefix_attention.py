@@ -55,18 +55,19 @@ def _cuda_fallback_reason(q: Tensor, dropout_p: float) -> str | None:
     return None
 
 
-def _check_operands(
+def check_operands(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    query_start: Tensor | None,
-    sliding_window: int | None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_start: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> None:
+    """Raise ValueError as :func:`prefix_attention` does, but for dropout."""
     for name, operand in (("q", q), ("k", k), ("v", v)):
         if operand.dim() != 4:
             raise ValueError(
@@ -203,7 +204,7 @@ def prefix_attention(
         q, k, v = autocast(q, dtype), autocast(k, dtype), autocast(v, dtype)
         prefix_k = None if prefix_k is None else autocast(prefix_k, dtype)
         prefix_v = None if prefix_v is None else autocast(prefix_v, dtype)
-    _check_operands(
+    check_operands(
         q, k, v, prefix_k, prefix_v, causal, key_lengths, key_mask, query_start, sliding_window
     )
     check_dropout(dropout_p, seed)
