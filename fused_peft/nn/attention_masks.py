@@ -42,7 +42,7 @@ def as_key_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
 def shown(
     attn_mask: Tensor | None, q_shape: torch.Size, keys: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Such a mask of nn.MultiheadAttention in the way of ``scaled_dot_product_attention``."""
+    """A mask of nn.MultiheadAttention as ``scaled_dot_product_attention`` takes it."""
     if attn_mask is None:
         return None
     check_mask_dtype("attn_mask", attn_mask)

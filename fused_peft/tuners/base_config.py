@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, ClassVar
 
 from ..errors import AdapterError
@@ -98,3 +98,18 @@ class AdapterConfig:
             )
         # PEFT writes null for a field that was set to None, where None means the default.
         return {k: content[k] for k in known & content.keys() if content[k] is not None}
+
+
+def name_list(field: str, value: object) -> list[str]:
+    """``value`` without repetitions, if it is a collection of non-empty str.
+
+    Raises:
+        TypeError: it is something else, a str for one; the message names ``field``.
+    """
+    if not isinstance(value, (list, tuple, Set, Mapping, Iterator)):
+        raise TypeError(f"{field} is {value!r}; expected a list of str")
+    names = list(value)
+    for entry in names:
+        if not isinstance(entry, str) or not entry:
+            raise TypeError(f"{field} has the entry {entry!r}; expected non-empty str")
+    return list(dict.fromkeys(names))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import AdapterError
 from ..nn.adapter_spec import check_alpha, check_dropout, check_rank
 from ..nn.initializers import check_init_kind
-from .base_config import AdapterConfig
+from .base_config import AdapterConfig, name_list
 
 _BIAS_KINDS = ("none", "all", "lora_only")
 
@@ -108,16 +108,14 @@ class LoraConfig(AdapterConfig):
         self._check_strings("base_model_name_or_path", "revision")
         if self.bias not in _BIAS_KINDS:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(_BIAS_KINDS)}")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of str")
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            self.modules_to_save = name_list("modules_to_save", self.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
                 _check_regex(name, value)
             elif value is not None:
-                setattr(self, name, set(_names(name, value)))
+                setattr(self, name, set(name_list(name, value)))
         self._check_task_type()
         self._check_layers()
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, check_rank)
@@ -134,7 +132,7 @@ class LoraConfig(AdapterConfig):
             if any(i < 0 for i in as_list):
                 raise ValueError(f"layers_to_transform is {indices!r}; expected indices from 0")
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
-            self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+            self.layers_pattern = name_list("layers_pattern", self.layers_pattern)
         if self.layers_pattern and indices is None:
             raise ValueError(
                 f"layers_pattern is {self.layers_pattern!r} and layers_to_transform is None; "
@@ -187,16 +185,6 @@ class LoraConfig(AdapterConfig):
 
 def _are_ints(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(type(i) is int for i in value)
-
-
-def _names(name: str, value: object) -> list[str]:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} is {value!r}; expected names, a str or None")
-    names = list(dict.fromkeys(value))
-    for entry in names:
-        if not isinstance(entry, str) or not entry:
-            raise TypeError(f"{name} has the entry {entry!r}; expected non-empty str")
-    return names
 
 
 def _pattern(name: str, value: object, check: Callable[[str, object], Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..errors import AdapterError
 from ..nn.adapter_spec import check_dropout, check_rank
-from .base_config import AdapterConfig
+from .base_config import AdapterConfig, name_list
 
 _ConfigT = TypeVar("_ConfigT", bound="PromptLearningConfig")
 
@@ -58,7 +58,8 @@ class PromptLearningConfig(AdapterConfig):
         check_rank("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("token_dim", "num_attention_heads", "num_layers"):
             self._check_optional_size(name)
-        if self.num_transformer_submodules not in (None, 1, 2):
+        submodules: object = self.num_transformer_submodules
+        if submodules is not None and (type(submodules) is not int or submodules not in (1, 2)):
             raise ValueError(
                 f"num_transformer_submodules is {self.num_transformer_submodules!r}; expected None,"
                 " 1 or 2"
@@ -67,7 +68,7 @@ class PromptLearningConfig(AdapterConfig):
         self._check_strings("base_model_name_or_path", "revision")
         self._check_bools("inference_mode")
         if self.modules_to_save is not None:
-            self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
+            self.modules_to_save = name_list("modules_to_save", self.modules_to_save)
 
     def _check_optional_size(self, name: str) -> None:
         if getattr(self, name) is not None:
@@ -218,7 +219,7 @@ class PromptTuningConfig(PromptLearningConfig):
         _check_goes_with(self, "prompt_tuning_init_text", "prompt_tuning_init", "TEXT")
         _check_goes_with(self, "class_labels", "prompt_tuning_init", "CLASS_LABELS")
         if self.class_labels is not None:
-            self.class_labels = _strings("class_labels", self.class_labels)
+            self.class_labels = name_list("class_labels", self.class_labels)
             if len(self.class_labels) > self.num_virtual_tokens:
                 raise ValueError(
                     f"class_labels has {len(self.class_labels)} labels; expected at most "
@@ -227,7 +228,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if self.token_frequencies is not None:
             if self.vocab_size_limit is None:
                 raise ValueError("token_frequencies is given without vocab_size_limit")
-            self.token_frequencies = [float(n) for n in self.token_frequencies]
+            self.token_frequencies = _frequencies(self.token_frequencies)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's ``adapter_config.json``; a start PEFT lacks reads as RANDOM."""
@@ -336,6 +337,16 @@ PROMPT_CONFIGS: Mapping[str, type[PromptLearningConfig]] = {
 }
 
 
+def _frequencies(value: Any) -> list[float]:
+    try:
+        counts = [float(count) for count in value]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"token_frequencies is {value!r}; expected a list of numbers") from error
+    if not all(count >= 0 for count in counts):
+        raise ValueError(f"token_frequencies is {value!r}; expected numbers from 0")
+    return counts
+
+
 def _check_goes_with(config: object, name: str, choice: str, wanted: str) -> None:
     """A field that one start needs and no other start has a use for."""
     value, chosen = getattr(config, name), getattr(config, choice)
@@ -343,12 +354,3 @@ def _check_goes_with(config: object, name: str, choice: str, wanted: str) -> Non
         raise ValueError(f"{name} is {value!r} with {choice}={wanted!r}; expected it to be given")
     if chosen != wanted and value is not None:
         raise ValueError(f"{name} is given with {choice}={chosen!r}; expected {wanted!r}")
-
-
-def _strings(name: str, value: object) -> list[str]:
-    if not isinstance(value, (list, tuple, set)):
-        raise TypeError(f"{name} is {value!r}; expected a list of str")
-    for entry in value:
-        if not isinstance(entry, str) or not entry:
-            raise TypeError(f"{name} has the entry {entry!r}; expected non-empty str")
-    return list(dict.fromkeys(value))
