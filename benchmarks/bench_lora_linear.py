@@ -18,11 +18,10 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from counts import add_device_options
+from command_line import add_options, begin
 from lora_counts import count
 from lora_peers import PEERS, build
 from timing import (
-    keep_freed_memory,
     machine,
     medians,
     plot_relative,
@@ -128,19 +127,10 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    add_options(parser, PEERS)
     parser.add_argument("--shapes", help="MxKxN, comma-separated")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per table row")
     parser.add_argument("--placements", type=int, default=5, help="of the tensors in memory")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="glibc keeps freed blocks: no page faults"
-    )
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
     args = parser.parse_args()
     if args.shapes is None:
         args.shapes = COUNTED_SHAPES if args.device == "simulated-cuda" else DEFAULT_SHAPES
@@ -155,12 +145,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.keep_memory:
-        keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    print(f"{machine()}, {args.dtype}, r={args.r}\n")
+    dtype = begin(args, f"r={args.r}")
     if args.device == "simulated-cuda":
         with simulator.use_device(args.simulated_device):
             counts = [count(shape, args.r, dtype) for shape in args.shapes.split(",")]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from attention_peers import PEERS, Attention, available, build
-from counts import add_device_options, print_launches, simulated_passes
+from command_line import add_options, begin
+from counts import print_launches, simulated_passes
 from timing import (
-    keep_freed_memory,
     machine,
     medians,
     peak_growth,
@@ -173,17 +173,8 @@ def report(results: list[dict[str, object]], peers: list[str]) -> dict[str, dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    add_options(parser, PEERS)
     parser.add_argument("--problems", help="BxHqxHkvxSxDxP or ...xPxT, comma-separated")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per table row")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="glibc keeps freed blocks: no page faults"
-    )
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
     args = parser.parse_args()
     if args.problems is None:
         args.problems = COUNTED_PROBLEMS if args.device == "simulated-cuda" else DEFAULT_PROBLEMS
@@ -195,12 +186,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.keep_memory:
-        keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    print(f"{machine()}, {args.dtype}\n")
+    dtype = begin(args)
     if args.device == "simulated-cuda":
         with simulator.use_device(args.simulated_device):
             counts = [count(problem, dtype) for problem in args.problems.split(",")]

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from fused_peft import _C, ops, simulator
 from fused_peft.nn import LoraLinear, LoraWrappedLinear
+from fused_peft.nn.adapter_sum import groups, joined
 from fused_peft.nn.base_layer import kind_of
+from fused_peft.nn.lora_layer import LoraLayer
+from fused_peft.ops._common import autocast
 from fused_peft.ops._devices import kernel_device
 
 
@@ -23,17 +26,18 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         x: ``[..., K]``, an input as the layer will get it.
 
     Returns:
-        One line, of the kernel with its instruction set or the fallback with its reason.
+        One line, of the kernel with its instruction set or the fallback with its reason; of several
+        adapters, which of them it serves.
 
     Raises:
         TypeError: ``layer`` is neither.
     """
     path_in_peft = getattr(layer, "_explain_path", None)
     if path_in_peft is not None:
-        names, reason = path_in_peft(x)
-        if reason is not None:
-            return f"PEFT: its own forward, because {reason}"
-        return _kernel_path(x, names)
+        path = path_in_peft(x)
+        if isinstance(path, str):
+            return f"PEFT: its own forward, because {path}"
+        return _kernel_path(x, path)
     if isinstance(layer, LoraWrappedLinear):
         return _explain_wrapped(layer, x)
     if not isinstance(layer, LoraLinear):
@@ -45,18 +49,18 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         return "torch: F.linear on the base weight, because the adapters are disabled"
     if layer.merged:
         return f"torch: F.linear, because {layer.merged_adapters} are merged into the weight"
-    names = layer.active_adapters
-    if not names:
+    if not layer.active_adapters:
         return "torch: F.linear on the base weight, because no adapter is active"
     weight = layer.weight
     dtype = ops.autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-    name = names[0]
-    reason = ops.fallback_reason(x, weight, layer.lora_A[name], layer.lora_B[name])
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+    with torch.no_grad():
+        first = joined(layer._addends())[0]
+    reason = ops.fallback_reason(x, weight, first.lora_a, first.lora_b)
     if reason is not None:
         return f"torch: fused_peft.reference.lora_linear, because {reason}"
-    return _kernel_path(x, names)
+    return _kernel_path(x, _dropout_of(layer))
 
 
 def _base_product(base: nn.Module) -> str:
@@ -69,31 +73,51 @@ def _base_product(base: nn.Module) -> str:
 
 def _explain_wrapped(layer: LoraWrappedLinear, x: Tensor) -> str:
     base = f"base: {_base_product(layer.base_layer)}"
-    names = layer.active_adapters
-    if not layer.adapters_enabled or not names:
+    if not layer.adapters_enabled or not layer.active_adapters:
         why = "no adapter is active" if layer.adapters_enabled else "the adapters are disabled"
         return f"{base}, alone because {why}"
     with torch.no_grad():
         y = layer.base_layer(x)
     dtype = ops.autocast_dtype(x.device.type)
-    x = x.to(y.device, dtype)
-    name = names[0]
-    reason = ops.update_fallback_reason(y, x, layer.lora_A[name], layer.lora_B[name])
-    if reason is not None:
-        return f"{base}; update, torch: fused_peft.reference.lora_update, because {reason}"
+    x = x.to(y.device)
+    if dtype is not None:
+        x = autocast(x, dtype)
+    with torch.no_grad():
+        terms = joined(layer._addends())
+    for term in terms:
+        reason = ops.update_fallback_reason(y, x, term.lora_a, term.lora_b)
+        if reason is not None:
+            return f"{base}; update, torch: fused_peft.reference.lora_update, because {reason}"
     rows = x.numel() // max(1, x.shape[-1])
+    names = _grouped(_dropout_of(layer))
+    passes = "one pass" if len(names) == 1 else f"{len(names)} passes"
     return (
-        f"{base}; update, kernel: cpu {_C.cpu_isa()}, one pass over what the base gave "
-        f"({rows} rows), adapters {names}"
+        f"{base}; update, kernel: cpu {_C.cpu_isa()}, {passes} over what the base gave "
+        f"({rows} rows), adapters {', then '.join(map(str, names))}"
     )
 
 
-def _kernel_path(x: Tensor, names: list[str]) -> str:
+def _dropout_of(layer: LoraLayer) -> dict[str, float]:
+    """The dropout of each active adapter, as the layer is now."""
+    return {n: layer.lora_dropout[n] if layer.training else 0.0 for n in layer.active_adapters}
+
+
+def _grouped(dropout_p: dict[str, float]) -> list[list[str]]:
+    names = list(dropout_p)
+    return [[names[i] for i in group] for group in groups(list(dropout_p.values()))]
+
+
+def _kernel_path(x: Tensor, dropout_p: dict[str, float]) -> str:
     rows = x.numel() // max(1, x.shape[-1])
+    first, *others = _grouped(dropout_p)
     if kernel_device(x)[0] == "cuda":
-        return f"kernel: CUDA ({rows} rows), adapters {names} in one pass"
-    path = "dot products, the weight read once" if rows <= 16 else "register tiles"
-    return f"kernel: cpu {_C.cpu_isa()}, {path} ({rows} rows), adapters {names} in one pass"
+        where = "CUDA"
+    else:
+        how = "dot products, the weight read once" if rows <= 16 else "register tiles"
+        where = f"cpu {_C.cpu_isa()}, {how}"
+    rest = [name for group in others for name in group]
+    more = f"; {rest} by torch's ops, for they drop elements of their own" if rest else ""
+    return f"kernel: {where} ({rows} rows), adapters {first} in one pass{more}"
 
 
 def report() -> str:

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from fused_peft.integrations import _peft_linear
     from fused_peft.integrations.peft import fused
 
-    _peft_linear._sum_of_adapters = _counted(_peft_linear._sum_of_adapters, "fused")
+    _peft_linear.linear_with_adapters = _counted(_peft_linear.linear_with_adapters, "fused")
     _peft_linear.FusedLinear.forward = _counted(_peft_linear.FusedLinear.forward, "all")
     _stack.enter_context(fused())
 

@@ -1,4 +1,4 @@
-"""Tiny random transformers models of the kinds that prefix tuning is tested on."""
+"""Tiny random transformers models, and ones with a prefix, that prefix tuning is tested on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from fused_peft import PrefixTuningConfig, get_peft_model
+from fused_peft.nn.prefix_encoder import PrefixEncoder
 
 SIZES = {
     "vocab_size": 40,
@@ -163,3 +166,56 @@ def mask(kind: str) -> Tensor:
     if kind in ("right", "both"):
         keep[2, 6:] = 0
     return keep
+
+
+# ---- with a prefix
+
+P = 5
+#: Without a window that PEFT's prefix would slide out of.
+WIDE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 40},
+    "qwen2": {"use_sliding_window": False},
+    "gemma2": {"sliding_window": 40},
+}
+
+
+def tuned(built: nn.Module, tokenizer: Any = None, **changed: Any) -> nn.Module:
+    kind = next(k for k, v in KINDS.items() if v[0] == type(built).__name__)
+    arguments = {"task_type": task(kind), "num_virtual_tokens": P, **changed}
+    get_peft_model(built, PrefixTuningConfig(**arguments), tokenizer=tokenizer)
+    return built.eval()
+
+
+def encoder(built: nn.Module, name: str = "default") -> PrefixEncoder:
+    found = built.prompt_adapters.adapters[name]
+    assert isinstance(found, PrefixEncoder)
+    return found
+
+
+def with_peft(kind: str, **changed: Any) -> tuple[nn.Module, nn.Module]:
+    """The same model with the same prefix, ours and PEFT's."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        model(kind, **WIDE.get(kind, {})),
+        peft.PrefixTuningConfig(task_type=task(kind), num_virtual_tokens=P, **changed),
+    ).eval()
+    ours = tuned(model(kind, **WIDE.get(kind, {})), **changed)
+    if changed.get("prefix_projection"):
+        encoder(ours).load_encoder_state(theirs.prompt_encoder["default"].state_dict())
+    else:
+        encoder(ours).load_prompt_embeddings(theirs.get_prompt_embedding_to_save("default"))
+    return ours, theirs
+
+
+def grad_of(embeddings: PrefixEncoder) -> Tensor:
+    """The gradient in the layout of PEFT's parameter."""
+    assert embeddings.folded
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in embeddings.prefix]
+    return torch.stack(grads).permute(3, 0, 1, 2, 4).reshape(P, -1)
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}

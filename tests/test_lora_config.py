@@ -87,6 +87,8 @@ def test_config_takes_peft_s_task_type() -> None:
         ({"target_modules": 3}, TypeError, "target_modules is 3"),
         ({"target_modules": ["a", 3]}, TypeError, "target_modules has the entry 3"),
         ({"target_modules": [""]}, TypeError, "target_modules has the entry ''"),
+        ({"target_modules": [["a"]]}, TypeError, r"target_modules has the entry \['a'\]"),
+        ({"modules_to_save": b"head"}, TypeError, "modules_to_save is b'head'; expected a list"),
         ({"target_modules": "(a"}, ValueError, r"target_modules is '\(a', no regular expression"),
         ({"exclude_modules": {"a": 1, 2: 3}}, TypeError, "exclude_modules has the entry 2"),
         ({"modules_to_save": "head"}, TypeError, "modules_to_save is 'head'; expected a list"),

@@ -103,6 +103,13 @@ def test_pefts_enums_are_taken() -> None:
             ValueError,
             "num_transformer_submodules is 3",
         ),
+        (
+            PromptTuningConfig,
+            {"num_transformer_submodules": True},
+            ValueError,
+            "num_transformer_submodules is True",
+        ),
+        (PromptTuningConfig, {"modules_to_save": [["a"]]}, TypeError, r"has the entry \['a'\]"),
         (PromptTuningConfig, {"prompt_tuning_init": "TEX"}, ValueError, "is 'TEX'; expected one"),
         (
             PromptTuningConfig,
@@ -129,6 +136,24 @@ def test_pefts_enums_are_taken() -> None:
             "class_labels is 'good'; expected a list",
         ),
         (PromptTuningConfig, {"token_frequencies": [1.0]}, ValueError, "without vocab_size_limit"),
+        (
+            PromptTuningConfig,
+            {"vocab_size_limit": 2, "token_frequencies": [1.0, "many"]},
+            TypeError,
+            r"token_frequencies is \[1.0, 'many'\]; expected a list of numbers",
+        ),
+        (
+            PromptTuningConfig,
+            {"vocab_size_limit": 2, "token_frequencies": [1.0, float("nan")]},
+            ValueError,
+            r"token_frequencies is \[1.0, nan\]; expected numbers from 0",
+        ),
+        (
+            PromptTuningConfig,
+            {"vocab_size_limit": 2, "token_frequencies": 3},
+            TypeError,
+            "token_frequencies is 3; expected a list of numbers",
+        ),
         (
             PromptTuningConfig,
             {"tokenizer_kwargs": {"trust_remote_code": True}},

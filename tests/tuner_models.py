@@ -56,7 +56,7 @@ def ids() -> Tensor:
     return torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(9))
 
 
-def llama(seed: int = 0, **kwargs: Any) -> nn.Module:
+def llama(seed: int = 0, cls: str = "LlamaForCausalLM", **fields: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -66,9 +66,13 @@ def llama(seed: int = 0, **kwargs: Any) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **kwargs,
+        **fields,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return getattr(transformers, cls)(config).eval()
+
+
+def llama_classifier(seed: int = 0) -> nn.Module:
+    return llama(seed, "LlamaForSequenceClassification", num_labels=3, pad_token_id=0)
 
 
 def gpt2(seed: int = 0) -> nn.Module:
@@ -76,21 +80,6 @@ def gpt2(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16)
     return transformers.GPT2LMHeadModel(config).eval()
-
-
-def llama_classifier(seed: int = 0) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForSequenceClassification(config).eval()
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

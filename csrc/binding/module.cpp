@@ -16,6 +16,8 @@
 namespace fused_peft {
 namespace {
 
+using pybind11::arg;
+
 std::atomic<cpu::Isa> current_isa{cpu::best_isa()};
 
 std::vector<std::string> available_isas() {
@@ -40,17 +42,13 @@ void set_isa(const std::string& name) {
 }
 
 pybind11::dict build_info() {
-  pybind11::dict info;
-  info["version"] = FUSED_PEFT_VERSION;
-  info["compiler"] = FUSED_PEFT_COMPILER;
-  info["torch_built_against"] = FUSED_PEFT_TORCH_BUILT;
-  info["nvcc"] = FUSED_PEFT_NVCC;
   pybind11::list architectures;
   std::istringstream list(FUSED_PEFT_CUDA_ARCHITECTURES);
   for (std::string architecture; std::getline(list, architecture, ',');)
     architectures.append(architecture);
-  info["cuda_architectures"] = architectures;
-  return info;
+  return pybind11::dict(arg("version") = FUSED_PEFT_VERSION, arg("compiler") = FUSED_PEFT_COMPILER,
+                        arg("torch_built_against") = FUSED_PEFT_TORCH_BUILT,
+                        arg("nvcc") = FUSED_PEFT_NVCC, arg("cuda_architectures") = architectures);
 }
 
 const char* name_of(cuda::ForwardPath path) {
@@ -77,6 +75,19 @@ const char* name_of(cuda::GemmKernel kernel) {
   return "sm_80";
 }
 
+pybind11::dict dict_of(const cuda::SkinnyChoice& choice) {
+  return pybind11::dict(arg("rank") = choice.rank, arg("row_blocks") = choice.row_blocks,
+                        arg("ctas") = choice.ctas, arg("rank_blocks") = choice.rank_blocks,
+                        arg("cluster") = choice.cluster);
+}
+
+pybind11::dict dict_of(const cuda::GemmChoice& choice) {
+  return pybind11::dict(arg("kernel") = name_of(choice.kernel), arg("block_m") = choice.block_m,
+                        arg("block_n") = choice.block_n, arg("tiles") = choice.tiles,
+                        arg("cluster") = choice.cluster, arg("ctas") = choice.ctas,
+                        arg("raster_rows") = choice.raster_rows);
+}
+
 // The kernels that a LoRA layer would get on a device of these facts; a pure function.
 pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool factor_float,
                                 bool dropout, bool weight_k_major, bool aligned, int num_sms,
@@ -84,39 +95,13 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
   const cuda::LoraLinearPlan plan =
       cuda::plan_lora_linear({m, n, k, r, factor_float, dropout, weight_k_major, aligned},
                              {num_sms, shared_per_block, major});
-  const auto skinny = [](const cuda::SkinnyChoice& choice) {
-    pybind11::dict out;
-    out["rank"] = choice.rank;
-    out["row_blocks"] = choice.row_blocks;
-    out["ctas"] = choice.ctas;
-    out["rank_blocks"] = choice.rank_blocks;
-    out["cluster"] = choice.cluster;
-    return out;
-  };
-  const auto gemm = [](const cuda::GemmChoice& choice) {
-    pybind11::dict out;
-    out["kernel"] = name_of(choice.kernel);
-    out["block_m"] = choice.block_m;
-    out["block_n"] = choice.block_n;
-    out["tiles"] = choice.tiles;
-    out["cluster"] = choice.cluster;
-    out["ctas"] = choice.ctas;
-    out["raster_rows"] = choice.raster_rows;
-    return out;
-  };
-  pybind11::dict out;
-  out["forward"] = name_of(plan.forward);
-  out["forward_launches"] = plan.forward_launches;
-  out["backward"] = name_of(plan.backward);
-  out["backward_launches"] = plan.backward_launches;
-  out["decode_cluster"] = plan.decode.cluster;
-  out["decode_ctas"] = plan.decode.ctas;
-  out["gemm"] = gemm(plan.gemm);
-  out["gemm_backward"] = gemm(plan.gemm_backward);
-  out["down"] = skinny(plan.down);
-  out["dy_pass"] = skinny(plan.dy_pass);
-  out["x_pass"] = skinny(plan.x_pass);
-  return out;
+  return pybind11::dict(
+      arg("forward") = name_of(plan.forward), arg("forward_launches") = plan.forward_launches,
+      arg("backward") = name_of(plan.backward), arg("backward_launches") = plan.backward_launches,
+      arg("decode_cluster") = plan.decode.cluster, arg("decode_ctas") = plan.decode.ctas,
+      arg("gemm") = dict_of(plan.gemm), arg("gemm_backward") = dict_of(plan.gemm_backward),
+      arg("down") = dict_of(plan.down), arg("dy_pass") = dict_of(plan.dy_pass),
+      arg("x_pass") = dict_of(plan.x_pass));
 }
 
 // The kernels that prefix attention would get on a device of these facts; a pure function.
@@ -129,25 +114,18 @@ pybind11::dict prefix_attention_plan(int64_t batch, int64_t q_heads, int64_t kv_
   const cuda::PrefixAttentionPlan plan = cuda::plan_prefix_attention(
       {batch, q_heads, kv_heads, queries, keys, prefix, head_dim, shared_prefix},
       {num_sms, shared_per_block, major});
-  pybind11::dict out;
-  out["forward"] = plan.cascade ? "cascade decode" : plan.decode ? "decode" : "query tiles";
-  out["head"] = plan.head;
-  out["block_keys"] = plan.block_keys;
-  out["query_rows"] = plan.query_rows;
-  out["query_tiles"] = plan.query_tiles;
-  out["cascade_tiles"] = plan.cascade_tiles;
-  out["cascade_splits"] = plan.cascade_splits;
-  out["key_splits"] = plan.key_splits;
-  out["forward_ctas"] = plan.forward_ctas;
-  out["forward_launches"] = plan.forward_launches;
-  out["block_backward"] = plan.block_backward;
-  out["key_tiles"] = plan.key_tiles;
-  out["prefix_tiles"] = plan.prefix_tiles;
-  out["prefix_splits"] = plan.prefix_splits;
-  out["dq_ctas"] = plan.dq_ctas;
-  out["dkv_ctas"] = plan.dkv_ctas;
-  out["backward_launches"] = plan.backward_launches;
-  return out;
+  return pybind11::dict(
+      arg("forward") = plan.cascade  ? "cascade decode"
+                       : plan.decode ? "decode"
+                                     : "query tiles",
+      arg("head") = plan.head, arg("block_keys") = plan.block_keys,
+      arg("query_rows") = plan.query_rows, arg("query_tiles") = plan.query_tiles,
+      arg("cascade_tiles") = plan.cascade_tiles, arg("cascade_splits") = plan.cascade_splits,
+      arg("key_splits") = plan.key_splits, arg("forward_ctas") = plan.forward_ctas,
+      arg("forward_launches") = plan.forward_launches, arg("block_backward") = plan.block_backward,
+      arg("key_tiles") = plan.key_tiles, arg("prefix_tiles") = plan.prefix_tiles,
+      arg("prefix_splits") = plan.prefix_splits, arg("dq_ctas") = plan.dq_ctas,
+      arg("dkv_ctas") = plan.dkv_ctas, arg("backward_launches") = plan.backward_launches);
 }
 
 }  // namespace
@@ -159,9 +137,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this binary was built, as a dict of strings.");
   m.def("available_cpu_isas", &available_isas, "Instruction sets that this processor can run.");
   m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::chosen_isa())); });
-  m.def("set_cpu_isa", &set_isa, pybind11::arg("isa"),
+  m.def("set_cpu_isa", &set_isa, arg("isa"),
         "Chooses the instruction set of the CPU kernels; ValueError where it is not available.");
-  using pybind11::arg;
   m.def("lora_linear_plan", &lora_linear_plan, arg("m"), arg("n"), arg("k"), arg("r"),
         pybind11::kw_only(), arg("factor_float") = false, arg("dropout") = false,
         arg("weight_k_major") = true, arg("aligned") = true, arg("num_sms"),

@@ -172,8 +172,6 @@ class TensorParallelLoraLinear(LoraLinear):
         return seed if self.split_dim == 0 else seed + self.mesh.get_local_rank()
 
     def _dropped(self, x: Tensor, p: float) -> Tensor:
-        if p == 0.0:
-            return x
         # Not F.dropout, which knows no seed: row-wise each process needs a mask of its own.
         keep = reference.dropout_keep(x.shape, p, self._new_seed(x))
         return torch.where(keep, x / (1.0 - p), torch.zeros_like(x))

@@ -7,37 +7,25 @@ whatever PEFT does to the layer afterwards holds in the next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from transformers.pytorch_utils import Conv1D
 
 from fused_peft import ops
-from fused_peft.ops._common import KERNEL_DTYPES, differentiated_otherwise
+from fused_peft.nn.adapter_sum import Adapter, linear_with_adapters
+from fused_peft.ops._common import KERNEL_DTYPES, autocast, differentiated_otherwise
 
 _PLAIN = (Tensor, nn.Parameter)
-
-
-class _Adapter(NamedTuple):
-    """What one adapter adds: ``scaling * ((drop(x) lora_a^T) lora_b^T + lora_bias)``."""
-
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    lora_bias: Tensor | None  # [N]
-    scaling: float | Tensor
-    dropout_p: float
 
 
 class _Operands(NamedTuple):
     x: Tensor  # [..., K]
     weight: Tensor  # [N, K]
     bias: Tensor | None  # [N]
-    adapters: list[_Adapter]
+    adapters: list[Adapter]
 
 
 class FusedLinear(Linear):
@@ -56,16 +44,19 @@ class FusedLinear(Linear):
         operands = operands_of(self, x)
         if isinstance(operands, str):
             return super().forward(x)
-        return _sum_of_adapters(*operands)
+        return linear_with_adapters(*operands)
 
     def _get_name(self) -> str:
         return "Linear[fused_peft]"
 
-    def _explain_path(self, x: Tensor) -> tuple[list[str], str | None]:
-        """The active adapters, and why PEFT's own forward runs on x (None: the kernel does)."""
+    def _explain_path(self, x: Tensor) -> dict[str, float] | str:
+        """The dropout of each active adapter, or why PEFT's own forward runs on x."""
         operands = operands_of(self, x)
+        if isinstance(operands, str):
+            return operands
         names = [name for name in self.active_adapters if name in self.lora_A]
-        return names, operands if isinstance(operands, str) else None
+        dropout = [adapter.dropout_p for adapter in operands.adapters]
+        return dict(zip(names, dropout, strict=True))
 
 
 # ---- who is served -------------------------------------------------------------------------------
@@ -114,8 +105,8 @@ def operands_of(layer: Any, x: Tensor) -> _Operands | str:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"x has shape {tuple(x.shape)}; expected [..., {weight.shape[1]}]"
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = None if bias is None else autocast(bias, dtype)
     rank = 0
     for adapter in adapters:
         reason = ops.fallback_reason(x, weight, adapter.lora_a, adapter.lora_b)
@@ -166,7 +157,7 @@ def _base_operand_reason(x: Tensor, weight: Any, bias: Any, autocast: bool) -> s
     return None
 
 
-def _active_adapters(layer: Any, x: Tensor, autocast: bool) -> list[_Adapter] | str:
+def _active_adapters(layer: Any, x: Tensor, autocast: bool) -> list[Adapter] | str:
     """The active adapters that the layer has, or why one of them is none of the op's."""
     parts = layer._modules
     every_a, every_b = parts["lora_A"]._modules, parts["lora_B"]._modules
@@ -194,7 +185,7 @@ def _active_adapters(layer: Any, x: Tensor, autocast: bool) -> list[_Adapter] | 
         if dtype != x.dtype and not autocast and not layer.cast_input_dtype_enabled:
             return f"adapter {name!r} is {dtype}, x is {x.dtype} and PEFT is not to cast it"
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        adapters.append(_Adapter(weight_a, weight_b, lora_b.bias, layer.scaling[name], dropout_p))
+        adapters.append(Adapter(weight_a, weight_b, layer.scaling[name], dropout_p, lora_b.bias))
     return adapters or "no adapter is active"
 
 
@@ -213,62 +204,6 @@ def _dropout_reason(dropout: nn.Module) -> str | None:
     if type(dropout) is nn.Dropout:
         return f"is {dropout}" if dropout.inplace or dropout.p >= 1.0 else None
     return None if type(dropout) is nn.Identity else f"is a {type(dropout).__name__}"
-
-
-# ---- what is computed ----------------------------------------------------------------------------
-
-
-def _sum_of_adapters(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[_Adapter]
-) -> Tensor:
-    """``x W^T + bias + sum of scaling * ((drop(x) lora_a^T) lora_b^T + lora_bias)`` in x's dtype.
-
-    Adapters that drop nothing are one adapter, side by side along the rank. Of the others the first
-    joins the base product and each one after it is a product of its own, as in PEFT.
-    """
-    dropped = [adapter for adapter in adapters if adapter.dropout_p > 0.0]
-    whole = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
-    if whole:
-        lora_a, lora_b, scaling = _side_by_side(whole)
-        y = ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling)
-    else:
-        lora_a, lora_b, scaling = _side_by_side(dropped[:1])
-        y = ops.lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scaling=scaling,
-            dropout_p=dropped[0].dropout_p,
-            seed=ops.new_seed(x.device),
-        )
-        dropped = dropped[1:]
-    dtype = y.dtype
-    for adapter in dropped:
-        low = F.linear(F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p), adapter.lora_a)
-        y = y + F.linear(low, adapter.lora_b) * adapter.scaling
-    for adapter in adapters:
-        if adapter.lora_bias is not None:
-            y = y + adapter.lora_bias * adapter.scaling
-    return y.to(dtype)
-
-
-def _side_by_side(adapters: Sequence[_Adapter]) -> tuple[Tensor, Tensor, float]:
-    """One adapter for all: ``sum s_i B_i A_i = [s_i B_i] [A_i]``."""
-    first = adapters[0]
-    # PEFT makes tensors of them for hot-swapping into a compiled model.
-    numbers = not any(isinstance(a.scaling, Tensor) for a in adapters)
-    if numbers and len(adapters) == 1:
-        return first.lora_a, first.lora_b, float(first.scaling)
-    if numbers and all(
-        a.scaling == first.scaling and a.lora_a.dtype == first.lora_a.dtype for a in adapters
-    ):
-        lora_a = torch.cat([a.lora_a for a in adapters])
-        return lora_a, torch.cat([a.lora_b for a in adapters], dim=1), float(first.scaling)
-    # Scaled in float32: a half lora_b times its scaling would be rounded twice.
-    lora_a = torch.cat([a.lora_a.float() for a in adapters])
-    return lora_a, torch.cat([a.lora_b.float() * a.scaling for a in adapters], dim=1), 1.0
 
 
 # ---- changing a layer's class --------------------------------------------------------------------

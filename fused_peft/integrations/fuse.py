@@ -93,6 +93,7 @@ def unfuse_model(model: nn.Module) -> None:
     implementation = former.get("attention")
     if implementation is not None and not prefixed and _runs_fused_attention(transformers_model):
         transformers_model.set_attn_implementation(implementation)
+        model.__dict__.pop(attention._REGISTRATION, None)
 
 
 def _checked(model: nn.Module) -> PreTrainedModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import types
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,25 @@ def save_adapters_only(model: nn.Module) -> None:
         )
     if "save_pretrained" in vars(model):
         return
-    model.__dict__["save_pretrained"] = types.MethodType(_save_adapters, model)
-    partial: list[bool] = []
+    # No bound method and no closure: the model could not be pickled with them.
+    model.__dict__["save_pretrained"] = functools.partial(_save_adapters, model)
+    loading = _LoadTrained()
+    model.register_load_state_dict_pre_hook(loading.before)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(loading.after)  # type: ignore[no-untyped-call]
 
-    def before(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        partial[:] = [not prefix and state_dict.keys() == _trained_state(module).keys()]
 
-    def after(module: nn.Module, incompatible: Any) -> None:
-        # All that was trained is there: what is missing is the base model, on purpose.
-        if partial == [True]:
+class _LoadTrained:
+    """Hooks: where ``load_state_dict`` gets all that is trained, the base model is not missing."""
+
+    def __init__(self) -> None:
+        self.trained_only = False
+
+    def before(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        self.trained_only = not prefix and state_dict.keys() == _trained_state(module).keys()
+
+    def after(self, module: nn.Module, incompatible: Any) -> None:
+        if self.trained_only:
             incompatible.missing_keys.clear()
-
-    model.register_load_state_dict_pre_hook(before)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
 
 
 def _save_adapters(

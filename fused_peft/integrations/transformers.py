@@ -40,6 +40,7 @@ NAME = "fused_peft"
 CAUSAL, WINDOWED, BIDIRECTIONAL = 2, 3, 4
 
 _ATTRIBUTE = "fused_peft_prefix"
+_REGISTRATION = "_fused_peft_registration"
 
 
 class PrefixSource(Protocol):
@@ -104,6 +105,19 @@ def use_fused_attention(model: nn.Module) -> None:
         )
     register()
     model.set_attn_implementation(NAME)
+    model.__dict__[_REGISTRATION] = _Registration()
+
+
+class _Registration:
+    """Goes with a model whose config names the attention: unpickled elsewhere, it registers it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+
+def _registered() -> _Registration:
+    register()
+    return _Registration()
 
 
 @contextlib.contextmanager

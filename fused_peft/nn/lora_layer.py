@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_spec import AdapterSpec, check_adapter_name, near_matches
-from .initializers import changes_base_weight, check_init_fits, compute_dtype, init_pair
+from .adapter_sum import Adapter
+from .initializers import changes_base_weight, check_init_fits, init_pair
 
 
 class LoraLayer(nn.Module):
@@ -100,25 +101,16 @@ class LoraLayer(nn.Module):
         """``lora_a`` and ``lora_b`` of an adapter as forward multiplies by them."""
         return self.lora_A[name], self.lora_B[name]
 
-    def _side_by_side(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """Several adapters as one, along the rank: sum s_i B_i A_i = [s_i B_i] [A_i]."""
-        pairs = [self._factors(name) for name in names]
-        lora_a, lora_b = [a for a, _ in pairs], [b for _, b in pairs]
-        scaling = [self.scaling[name] for name in names]
-        common = scaling[0]
-        if len(names) == 1:
-            return lora_a[0], lora_b[0], common
-        if any(s != common for s in scaling):
-            # Scaled in float32 at least: a half lora_b times its scaling would be rounded twice.
-            dtype = compute_dtype(lora_b[0].dtype)
-            lora_a = [a.to(dtype) for a in lora_a]
-            lora_b = [b.to(dtype) * s for b, s in zip(lora_b, scaling, strict=True)]
-            common = 1.0
-        return torch.cat(lora_a), torch.cat(lora_b, dim=1), common
-
-    def _can_be_joined(self, names: Sequence[str]) -> bool:
-        dropped = self.training and any(self.lora_dropout[name] for name in names)
-        return not dropped and len({self.lora_A[name].dtype for name in names}) == 1
+    def _addends(self) -> list[Adapter]:
+        """What forward adds to the base product: the active adapters, in order."""
+        return [
+            Adapter(
+                *self._factors(name),
+                self.scaling[name],
+                self.lora_dropout[name] if self.training else 0.0,
+            )
+            for name in self._active
+        ]
 
     def _spec(self, name: str) -> AdapterSpec:
         return AdapterSpec(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from .adapter_spec import AdapterSpec, check_adapter_name
+from .adapter_sum import linear_with_adapters
 from .base_layer import (
     accelerate_hook,
     check_base,
@@ -194,28 +195,9 @@ class LoraLinear(LoraLayer, nn.Linear):
         if not self._enabled and self._merged:
             self.unmerge()
         weight, bias = self._base()
-        names = self._active
-        if not self._enabled or self._merged or not names:
+        if not self._enabled or self._merged or not self._active:
             return F.linear(x, weight, bias)
-        if self._can_be_joined(names):
-            lora_a, lora_b, scaling = self._side_by_side(names)
-            return ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling)
-        dropout = [self.lora_dropout[name] if self.training else 0.0 for name in names]
-        first = names[0]
-        y = ops.lora_linear(
-            x,
-            weight,
-            *self._factors(first),
-            bias,
-            scaling=self.scaling[first],
-            dropout_p=dropout[0],
-            seed=self._new_seed(x) if dropout[0] else None,
-        )
-        out_dtype = y.dtype
-        for name, p in zip(names[1:], dropout[1:], strict=True):
-            a, b = self._factors(name)
-            y = y + F.linear(F.linear(self._dropped(x.to(a.dtype), p), a), b) * self.scaling[name]
-        return y.to(out_dtype)
+        return linear_with_adapters(x, weight, bias, self._addends(), self._new_seed, self._dropped)
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """The weight ``[N, K]`` and the bias as forward uses them."""

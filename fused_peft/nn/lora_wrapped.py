@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .adapter_spec import AdapterSpec, check_adapter_name
+from .adapter_sum import joined
 from .base_layer import check_wrappable, kind_of, outline_weight
 from .initializers import changes_base_weight
 from .lora_layer import LoraLayer
@@ -104,8 +105,7 @@ class LoraWrappedLinear(LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]`` in the dtype that the base layer gives."""
         y: object = self.base_layer(x)
-        names = self._active
-        if not self._enabled or not names:
+        if not self._enabled or not self._active:
             return y  # type: ignore[return-value]
         if not isinstance(y, Tensor):
             raise TypeError(
@@ -114,19 +114,15 @@ class LoraWrappedLinear(LoraLayer):
             )
         if x.device != y.device:  # the base layer of a dispatched model takes x where it computes
             x = x.to(y.device)
-        if self._can_be_joined(names):
-            lora_a, lora_b, scaling = self._side_by_side(names)
-            return ops.lora_update(y, x, lora_a, lora_b, scaling=scaling)
-        for name in names:
-            dropout_p = self.lora_dropout[name] if self.training else 0.0
+        for term in joined(self._addends()):
             y = ops.lora_update(
                 y,
                 x,
-                self.lora_A[name],
-                self.lora_B[name],
-                scaling=self.scaling[name],
-                dropout_p=dropout_p,
-                seed=ops.new_seed(x.device) if dropout_p else None,
+                term.lora_a,
+                term.lora_b,
+                scaling=term.scaling,
+                dropout_p=term.dropout_p,
+                seed=ops.new_seed(x.device) if term.dropout_p else None,
             )
         return y
 

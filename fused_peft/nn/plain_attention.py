@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_masks import check_mask_dtype
+
 
 def plain_attention(
     query: Tensor,
@@ -37,7 +39,12 @@ def plain_attention(
 
     Returns:
         ``[B, Hq, S, Dv]`` in value's dtype, and the weights ``[B, Hq, S, T]`` or None.
+
+    Raises:
+        ValueError: the mask is of integers.
     """
+    if mask is not None:
+        check_mask_dtype("mask", mask)
     groups = query.shape[1] // key.shape[1]
     if bias is not None:
         if mask is not None and mask.dtype == torch.bool:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_peft import ops
+from fused_peft.ops._prefix_attention import check_operands
 
 from .adapter_spec import check_rank
+from .attention_masks import as_key_mask, both, check_mask_dtype, in_4_dimensions, shown
 from .plain_attention import plain_attention
 
 _INITS = ("random", "zero")
@@ -97,7 +99,9 @@ class PrefixAttention(nn.Module):
             raise ValueError(
                 f"query has {query.shape[1]} heads; expected {self.num_heads}, or enable_gqa=True"
             )
-        key_mask = _as_key_mask(attn_mask, query, key)
+        if attn_mask is not None:
+            attn_mask = in_4_dimensions(attn_mask, query, key)
+        key_mask = as_key_mask(attn_mask, query, key)
         if key_mask is not None:
             attn_mask = None
         return self.attend(
@@ -159,10 +163,11 @@ class PrefixAttention(nn.Module):
                 seed=ops.new_seed(query.device) if dropout_p > 0.0 else None,
             )
             return out, None
+        check_operands(query, key, value, prefix_k, prefix_v, key_mask=key_mask)
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         if is_causal:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
-        mask = _both(mask, key_mask)
+        mask = both(mask, key_mask)
         if mask is not None:
             seen = True if mask.dtype == torch.bool else 0.0
             mask = mask.expand(*mask.shape[:-1], keys)
@@ -291,7 +296,7 @@ class PrefixMultiheadAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
-        mask = None if is_causal else _shown(attn_mask, q.shape, k.shape[2], q.dtype)
+        mask = None if is_causal else shown(attn_mask, q.shape, k.shape[2], q.dtype)
         key_mask = None
         if key_padding_mask is not None:
             expected = (k.shape[0], k.shape[2])
@@ -300,13 +305,14 @@ class PrefixMultiheadAttention(nn.Module):
                     f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; expected "
                     f"{expected}"
                 )
+            check_mask_dtype("key_padding_mask", key_padding_mask)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = ~key_padding_mask
             else:
-                mask = _both(mask, None, key_padding_mask[:, None, None, :].to(q.dtype))
+                mask = both(mask, None, key_padding_mask[:, None, None, :].to(q.dtype))
                 if is_causal:
                     tril = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-                    mask, is_causal = _both(tril.tril(), None, mask), False
+                    mask, is_causal = both(tril.tril(), None, mask), False
         out, weights = self.prefix.attend(
             q,
             k,
@@ -338,53 +344,3 @@ class PrefixMultiheadAttention(nn.Module):
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
         return projected[0], projected[1], projected[2]
-
-
-def _as_key_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """Bool ``[B, T]`` if the mask hides the same keys from every query and head."""
-    if mask is None or mask.dtype != torch.bool or mask.dim() == 0 or mask.dim() > 4:
-        return None
-    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if shape[1:3] != (1, 1) or query.dim() != 4 or key.dim() != 4:
-        return None
-    return mask.reshape(shape[0], shape[3]).expand(query.shape[0], key.shape[2])
-
-
-def _shown(
-    attn_mask: Tensor | None, q_shape: torch.Size, keys: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Such a mask of nn.MultiheadAttention in the way of ``scaled_dot_product_attention``."""
-    if attn_mask is None:
-        return None
-    batch, heads, queries, _ = q_shape
-    if tuple(attn_mask.shape) == (queries, keys):
-        attn_mask = attn_mask[None, None]
-    elif tuple(attn_mask.shape) == (batch * heads, queries, keys):
-        attn_mask = attn_mask.view(batch, heads, queries, keys)
-    else:
-        raise ValueError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}; expected {(queries, keys)} or "
-            f"{(batch * heads, queries, keys)}"
-        )
-    return ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
-
-
-def _both(
-    mask: Tensor | None, key_mask: Tensor | None, added: Tensor | None = None
-) -> Tensor | None:
-    """One mask for all of them: bool, or additive where one is."""
-    if key_mask is not None:
-        hidden = key_mask[:, None, None, :]
-        if mask is None:
-            mask = hidden
-        elif mask.dtype == torch.bool:
-            mask = mask & hidden
-        else:
-            mask = mask.masked_fill(~hidden, float("-inf"))
-    if added is None:
-        return mask
-    if mask is None:
-        return added
-    if mask.dtype == torch.bool:
-        return added.masked_fill(~mask, float("-inf"))
-    return mask + added

@@ -40,6 +40,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as autocast to ``dtype`` gives it to a torch op: float64 and integers stay."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
 def differentiated_otherwise() -> bool:
     """Whether a torch.func transform or forward-mode AD runs, which need the plain torch ops."""
     if torch.compiler.is_compiling():

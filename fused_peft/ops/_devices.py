@@ -19,10 +19,15 @@ CUDA_MAX_RANK: int = _C.cuda_max_rank
 _MIN_CAPABILITY = (8, 0)
 
 
-def set_simulating(on: bool) -> None:
-    """Switches :func:`kernel_op` and :func:`kernel_device` to the simulated device, or back."""
+def set_simulating(on: bool) -> bool:
+    """Switches :func:`kernel_op` and :func:`kernel_device` to the simulated device, or back.
+
+    Returns:
+        What was in force before.
+    """
     global _simulating
-    _simulating = on
+    before, _simulating = _simulating, on
+    return before
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_peft import reference
 
+from ._autograd import refuse_second_derivative
 from ._common import KERNEL_DTYPES, differentiated_otherwise
 
 
@@ -181,13 +182,6 @@ def _cross_entropy_backward(
     return dlogits, None, None
 
 
-def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "fused_peft's rms_norm, swiglu and cross_entropy have no second derivative; those of "
-        "fused_peft.reference are differentiable any number of times"
-    )
-
-
 _library = torch.library
 _library.register_fake("fused_peft::rms_norm", _rms_norm_fake)
 _library.register_fake("fused_peft::rms_norm_backward", lambda dy, x, weight, rstd: _contiguous(x))
@@ -207,5 +201,5 @@ _library.register_autograd("fused_peft::swiglu", _swiglu_backward, setup_context
 _library.register_autograd(
     "fused_peft::cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup
 )
-for _name in ("rms_norm_backward", "swiglu_backward", "cross_entropy_backward"):
-    _library.register_autograd(f"fused_peft::{_name}", _no_double_backward)
+for _name in ("rms_norm", "swiglu", "cross_entropy"):
+    refuse_second_derivative(_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +9,16 @@ from torch import Tensor
 
 from fused_peft import reference
 
+from ._autograd import DifferentiableOp, Gradients, Kernel
 from ._common import (
     KERNEL_DTYPES,
     MAX_RANK,
+    autocast,
     autocast_dtype,
     check_dropout,
     differentiated_otherwise,
 )
-from ._devices import CUDA_DTYPES, CUDA_MAX_RANK, kernel_device, kernel_op
+from ._devices import CUDA_DTYPES, CUDA_MAX_RANK, kernel_device
 
 
 def fallback_reason(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
@@ -100,7 +101,8 @@ def lora_linear(
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3. Gradients
     exist for x, lora_a, lora_b and bias, each formed only where it is asked for. Under autocast
-    x, weight and bias are cast to the autocast dtype; lora_a and lora_b keep theirs.
+    x, weight and bias are cast to the autocast dtype unless they are float64; lora_a and lora_b
+    keep theirs.
 
     Args:
         x: ``[..., K]``, any strides. float32, bfloat16 and float16 run the kernels.
@@ -125,26 +127,21 @@ def lora_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = None if bias is None else autocast(bias, dtype)
     _check_operands(x, weight, lora_a, lora_b, bias)
     check_dropout(dropout_p, seed)
     if fallback_reason(x, weight, lora_a, lora_b) is None and not differentiated_otherwise():
-        operands = (x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-        if torch.compiler.is_compiling():
-            y, _ = torch.ops.fused_peft.lora_linear.default(*operands)
-        elif torch.is_grad_enabled():
-            y = _LoraLinearFunction.apply(*operands)  # type: ignore[no-untyped-call]
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, _ = kernel_op("lora_linear")(*operands)
-        return y  # type: ignore[no-any-return]
+        return _kernels(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     return reference.lora_linear(
         x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
     )
 
 
-def _lora_linear_fake(
+# ---- shape functions and autograd ----------------------------------------------------------------
+
+
+def _fake(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
@@ -159,7 +156,7 @@ def _lora_linear_fake(
     return y, x.new_empty((*rows, lora_a.shape[0]), dtype=torch.float32)
 
 
-def _lora_linear_backward_fake(
+def _backward_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -185,83 +182,27 @@ def _lora_linear_backward_fake(
     )
 
 
-def _save_for_backward(ctx: Any, operands: tuple[Any, ...], s: Tensor) -> None:
+def _save(ctx: Any, operands: tuple[Any, ...], _y: Tensor, s: Tensor) -> None:
     x, weight, lora_a, lora_b, _bias, scaling, dropout_p, seed = operands
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, lora_a, lora_b, s, seed)
     ctx.scaling, ctx.dropout_p = scaling, dropout_p
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, s = output
-    ctx.mark_non_differentiable(s)
-    _save_for_backward(ctx, inputs, s)
-
-
-def _backward(ctx: Any, dy: Tensor | None, *_ds: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.fused_peft.lora_linear_backward.default)
-
-
-def _gradients(
-    ctx: Any, dy: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
+def _gradients(ctx: Any, dy: Tensor, backward: Kernel) -> Gradients:
     x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors  # may run a checkpointed forward
-    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    need_x, need_weight, *needs = ctx.needs_input_grad[:5]
     if need_weight:
         raise RuntimeError("fused_peft::lora_linear never forms the gradient of weight; freeze it")
-    dx, dlora_a, dlora_b, dbias = backward(
-        dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed,
-        need_x, need_a, need_b, need_bias,
-    )  # fmt: skip
-    return (
-        dx if need_x else None,
-        None,
-        dlora_a if need_a else None,
-        dlora_b if need_b else None,
-        dbias if need_bias else None,
-        None,
-        None,
-        None,
+    dx, *others = backward(
+        dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, need_x, *needs
     )
+    return (dx, None, *others)
 
 
-class _LoraLinearFunction(torch.autograd.Function):
-    """The op's autograd for eager mode, cheaper to call than register_autograd's path.
-
-    That one is Python at the autograd key and again below it. A forward and backward pass of a
-    layer of 17 x 8 x 8, which is all overhead, takes 68 us through it and 47 us through this.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, s = kernel_op("lora_linear")(*operands)
-        _save_for_backward(ctx, operands, s)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
-            return _backward(ctx, dy)
-        return _gradients(ctx, dy, _backward_op_below_autograd)
-
-
-def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel_op("lora_linear_backward")(*operands)  # type: ignore[no-any-return]
-
-
-def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "fused_peft::lora_linear has no second derivative; "
-        "fused_peft.reference.lora_linear is differentiable any number of times"
-    )
-
-
-torch.library.register_fake("fused_peft::lora_linear", _lora_linear_fake)
-torch.library.register_fake("fused_peft::lora_linear_backward", _lora_linear_backward_fake)
-torch.library.register_autograd("fused_peft::lora_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fused_peft::lora_linear_backward", _no_double_backward)
+_kernels = DifferentiableOp(
+    "lora_linear",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
+)

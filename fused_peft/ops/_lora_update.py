@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor
 
 from fused_peft import reference
 
+from ._autograd import DifferentiableOp, Gradients, Kernel
 from ._common import (
     KERNEL_DTYPES,
     MAX_RANK,
+    autocast,
     autocast_dtype,
     check_dropout,
     differentiated_otherwise,
@@ -78,7 +79,7 @@ def lora_update(
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3, where the
     product with the weight is not ours to compute: the weight is packed in 4 or 8 bits, say. base
     is left alone. Gradients exist for base (it is y's), x, lora_a and lora_b. Under autocast x is
-    cast to the autocast dtype; lora_a and lora_b keep theirs.
+    cast to the autocast dtype unless it is float64; lora_a and lora_b keep theirs.
 
     Args:
         base: ``[..., N]``, what the layer computes without the adapter.
@@ -100,19 +101,11 @@ def lora_update(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x = x.to(dtype)
+        x = autocast(x, dtype)
     _check_operands(base, x, lora_a, lora_b)
     check_dropout(dropout_p, seed)
     if update_fallback_reason(base, x, lora_a, lora_b) is None and not differentiated_otherwise():
-        operands = (base, x, lora_a, lora_b, scaling, dropout_p, seed)
-        if torch.compiler.is_compiling():
-            y, _ = torch.ops.fused_peft.lora_update.default(*operands)
-        elif torch.is_grad_enabled():
-            y = _LoraUpdateFunction.apply(*operands)  # type: ignore[no-untyped-call]
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, _ = torch.ops.fused_peft.lora_update.default(*operands)
-        return y  # type: ignore[no-any-return]
+        return _kernels(base, x, lora_a, lora_b, scaling, dropout_p, seed)
     return reference.lora_update(
         base, x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed
     )
@@ -155,72 +148,25 @@ def _backward_fake(
     )
 
 
-def _save_for_backward(ctx: Any, operands: tuple[Any, ...], s: Tensor) -> None:
+def _save(ctx: Any, operands: tuple[Any, ...], _y: Tensor, s: Tensor) -> None:
     _, x, lora_a, lora_b, scaling, dropout_p, seed = operands
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, lora_a, lora_b, s, seed)
     ctx.scaling, ctx.dropout_p = scaling, dropout_p
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, s = output
-    ctx.mark_non_differentiable(s)
-    _save_for_backward(ctx, inputs, s)
-
-
-def _backward(ctx: Any, dy: Tensor | None, *_ds: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.fused_peft.lora_update_backward.default)
-
-
-def _gradients(
-    ctx: Any, dy: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 7
+def _gradients(ctx: Any, dy: Tensor, backward: Kernel) -> Gradients:
     x, lora_a, lora_b, s, seed = ctx.saved_tensors  # may run a checkpointed forward
-    need_base, *needs = ctx.needs_input_grad[:4]
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
-    if any(needs):
-        found = backward(dy, x, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, *needs)
-        gradients = tuple(
-            gradient if needed else None for gradient, needed in zip(found, needs, strict=True)
-        )
-    return (dy if need_base else None, *gradients, None, None, None)
+    needs = ctx.needs_input_grad[1:4]
+    if not any(needs):
+        return (dy,)
+    return (dy, *backward(dy, x, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, *needs))
 
 
-class _LoraUpdateFunction(torch.autograd.Function):
-    """The op's autograd for eager mode, cheaper to call than register_autograd's path."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, s = torch.ops.fused_peft.lora_update.default(*operands)
-        _save_for_backward(ctx, operands, s)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
-            return _backward(ctx, dy)
-        return _gradients(ctx, dy, _backward_op_below_autograd)
-
-
-def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fused_peft.lora_update_backward.default(  # type: ignore[no-any-return]
-            *operands
-        )
-
-
-def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "fused_peft::lora_update has no second derivative; "
-        "fused_peft.reference.lora_update is differentiable any number of times"
-    )
-
-
-torch.library.register_fake("fused_peft::lora_update", _fake)
-torch.library.register_fake("fused_peft::lora_update_backward", _backward_fake)
-torch.library.register_autograd("fused_peft::lora_update", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fused_peft::lora_update_backward", _no_double_backward)
+_kernels = DifferentiableOp(
+    "lora_update",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
+    cuda=False,
+)

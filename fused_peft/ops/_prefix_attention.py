@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,15 @@ from torch import Tensor
 
 from fused_peft import _C, reference
 
-from ._common import KERNEL_DTYPES, autocast_dtype, check_dropout, differentiated_otherwise
-from ._devices import CUDA_DTYPES, kernel_device, kernel_op
+from ._autograd import DifferentiableOp, Gradients, Kernel
+from ._common import (
+    KERNEL_DTYPES,
+    autocast,
+    autocast_dtype,
+    check_dropout,
+    differentiated_otherwise,
+)
+from ._devices import CUDA_DTYPES, kernel_device
 
 MAX_HEAD_DIM: int = _C.max_head_dim
 
@@ -49,18 +55,19 @@ def _cuda_fallback_reason(q: Tensor, dropout_p: float) -> str | None:
     return None
 
 
-def _check_operands(
+def check_operands(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    causal: bool,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    query_start: Tensor | None,
-    sliding_window: int | None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_start: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> None:
+    """Raise ValueError as :func:`prefix_attention` does, but for dropout."""
     for name, operand in (("q", q), ("k", k), ("v", v)):
         if operand.dim() != 4:
             raise ValueError(
@@ -165,7 +172,7 @@ def prefix_attention(
     pass is that of Dao, "FlashAttention-2", 2023. Neither the concatenation, nor the prefix
     expanded over the batch, nor keys expanded over a group of query heads, nor a ``[S, T]`` mask
     or score matrix exists in memory. Gradients exist for q, k, v, prefix_k and prefix_v. Under
-    autocast these five are cast to the autocast dtype.
+    autocast these five are cast to the autocast dtype unless they are float64.
 
     Args:
         q: ``[B, Hq, S, D]``, any strides. float32, bfloat16 and float16 run the kernels.
@@ -194,25 +201,17 @@ def prefix_attention(
     """
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        prefix_k = None if prefix_k is None else prefix_k.to(dtype)
-        prefix_v = None if prefix_v is None else prefix_v.to(dtype)
-    _check_operands(
+        q, k, v = autocast(q, dtype), autocast(k, dtype), autocast(v, dtype)
+        prefix_k = None if prefix_k is None else autocast(prefix_k, dtype)
+        prefix_v = None if prefix_v is None else autocast(prefix_v, dtype)
+    check_operands(
         q, k, v, prefix_k, prefix_v, causal, key_lengths, key_mask, query_start, sliding_window
     )
     check_dropout(dropout_p, seed)
     if attention_fallback_reason(q, scale, dropout_p) is None and not differentiated_otherwise():
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        operands = (q, k, v, prefix_k, prefix_v, key_lengths, key_mask, query_start, causal,
-                    sliding_window or 0, scale, dropout_p, seed)  # fmt: skip
-        if torch.compiler.is_compiling():
-            out, _ = torch.ops.fused_peft.prefix_attention.default(*operands)
-        elif torch.is_grad_enabled():
-            out = _PrefixAttentionFunction.apply(*operands)  # type: ignore[no-untyped-call]
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                out, _ = kernel_op("prefix_attention")(*operands)
-        return out  # type: ignore[no-any-return]
+        return _kernels(q, k, v, prefix_k, prefix_v, key_lengths, key_mask, query_start, causal,
+                        sliding_window or 0, scale, dropout_p, seed)  # fmt: skip
     return reference.prefix_attention(
         q,
         k,
@@ -230,17 +229,20 @@ def prefix_attention(
     )
 
 
+# ---- shape functions and autograd ----------------------------------------------------------------
+
+
 def _new_heads(like: Tensor, heads: int, length: int) -> Tensor:
     return like.new_empty((like.shape[0], length, heads, like.shape[3])).transpose(1, 2)
 
 
-def _prefix_attention_fake(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
     return _new_heads(q, heads, queries), q.new_empty((batch, heads, queries), dtype=lse_dtype)
 
 
-def _prefix_attention_backward_fake(
+def _backward_fake(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -264,73 +266,22 @@ def _prefix_attention_backward_fake(
     )
 
 
-_NUM_OPERANDS = 13
-
-
-def _save_for_backward(ctx: Any, operands: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
+def _save(ctx: Any, operands: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
     *tensors, causal, window, scale, dropout_p, seed = operands
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, out, lse, seed)
     ctx.options = (causal, window, scale, dropout_p)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    _save_for_backward(ctx, inputs, out, lse)
-
-
-def _backward(ctx: Any, dout: Tensor | None, *_dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dout, torch.ops.fused_peft.prefix_attention_backward.default)
-
-
-def _gradients(
-    ctx: Any, dout: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * _NUM_OPERANDS
+def _gradients(ctx: Any, dout: Tensor, backward: Kernel) -> Gradients:
     *tensors, out, lse, seed = ctx.saved_tensors  # may run a checkpointed forward
-    needed = ctx.needs_input_grad[:5]
-    grads = backward(dout, *tensors[:5], out, lse, *tensors[5:], *ctx.options, seed, *needed)
-    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*wanted, *(None,) * (_NUM_OPERANDS - 5))
+    needs = ctx.needs_input_grad[:5]
+    return backward(dout, *tensors[:5], out, lse, *tensors[5:], *ctx.options, seed, *needs)
 
 
-class _PrefixAttentionFunction(torch.autograd.Function):
-    """The op's autograd for eager mode; see ``_LoraLinearFunction``."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = kernel_op("prefix_attention")(*operands)
-        _save_for_backward(ctx, operands, out, lse)
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dout,) = grads
-        if torch.is_grad_enabled():  # create_graph: the op's own formula refuses what follows
-            return _backward(ctx, dout)
-        return _gradients(ctx, dout, _backward_op_below_autograd)
-
-
-def _backward_op_below_autograd(*operands: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel_op("prefix_attention_backward")(*operands)  # type: ignore[no-any-return]
-
-
-def _no_double_backward(ctx: Any, *_grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "fused_peft::prefix_attention has no second derivative; "
-        "fused_peft.reference.prefix_attention is differentiable any number of times"
-    )
-
-
-torch.library.register_fake("fused_peft::prefix_attention", _prefix_attention_fake)
-torch.library.register_fake(
-    "fused_peft::prefix_attention_backward", _prefix_attention_backward_fake
+_kernels = DifferentiableOp(
+    "prefix_attention",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
 )
-torch.library.register_autograd(
-    "fused_peft::prefix_attention", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd("fused_peft::prefix_attention_backward", _no_double_backward)

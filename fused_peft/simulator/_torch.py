@@ -60,14 +60,14 @@ def simulated_cuda() -> Iterator[None]:
     Forward and backward passes both: enter it around the whole step. What the kernels did is in
     :func:`fused_peft.simulator.counters`, what the sanitizers found in
     :func:`fused_peft.simulator.findings`. Dtypes without a CUDA kernel run plain torch.
-    Not for compiled models, which keep the CPU kernels.
+    Not for compiled models, which keep the CPU kernels. Contexts may be nested.
 
     Raises:
         SimulatorError: the package was built without the simulator or without CUDA kernels.
     """
     load_kernels()
-    set_simulating(True)
+    before = set_simulating(True)
     try:
         yield
     finally:
-        set_simulating(False)
+        set_simulating(before)

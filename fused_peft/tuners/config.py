@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import AdapterError
-from ..nn.adapter_spec import check_alpha, check_dropout, check_rank, near_matches
+from ..nn.adapter_spec import check_alpha, check_dropout, check_rank
 from ..nn.initializers import check_init_kind
+from .base_config import AdapterConfig, name_list
 
-TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
 _BIAS_KINDS = ("none", "all", "lora_only")
-
-# PEFT's fields that change what an adapter computes, and that this package does not compute.
-_UNSUPPORTED = frozenset(
-    {
-        "alora_invocation_tokens",
-        "arrow_config",
-        "ensure_weight_tying",
-        "kasa_config",
-        "layer_replication",
-        "lora_bias",
-        "megatron_config",
-        "monteclora_config",
-        "target_parameters",
-        "trainable_token_indices",
-        "use_bdlora",
-        "use_dora",
-        "use_qalora",
-        "velora_config",
-    }
-)
-# PEFT's fields that an adapter once trained does not depend on.
-_IRRELEVANT = frozenset(
-    {
-        "auto_mapping",
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-    }
-)
 
 
 @dataclass(kw_only=True)
-class LoraConfig:
+class LoraConfig(AdapterConfig):
     """Which modules of a model get an adapter, and of what kind. Fields and defaults are PEFT's.
 
     Args:
@@ -93,6 +50,36 @@ class LoraConfig:
             names the field, the value and what was expected.
     """
 
+    peft_type: ClassVar[str] = "LORA"
+    _unsupported: ClassVar[frozenset[str]] = frozenset(
+        {
+            "alora_invocation_tokens",
+            "arrow_config",
+            "ensure_weight_tying",
+            "kasa_config",
+            "layer_replication",
+            "lora_bias",
+            "megatron_config",
+            "monteclora_config",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_bdlora",
+            "use_dora",
+            "use_qalora",
+            "velora_config",
+        }
+    )
+    _irrelevant: ClassVar[frozenset[str]] = AdapterConfig._irrelevant | frozenset(
+        {
+            "corda_config",
+            "eva_config",
+            "loftq_config",
+            "lora_ga_config",
+            "megatron_core",
+            "qalora_group_size",
+        }
+    )
+
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -112,53 +99,27 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    def __new__(cls, *args: object, **kwargs: object) -> LoraConfig:
-        """Refuse unknown keywords, with near matches."""
-        # Before __init__, whose own TypeError for a wrong keyword does not say what is near.
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs:
-            if name in _UNSUPPORTED or name in _IRRELEVANT:
-                raise TypeError(f"{name} is a field of PEFT's LoraConfig, not supported here")
-            if name not in known:
-                raise TypeError(f"LoraConfig has no field {name!r}{near_matches(name, known)}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         self.init_lora_weights = check_init_kind(self.init_lora_weights)
-        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a bool")
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a str or None")
+        self._check_bools("use_rslora", "fan_in_fan_out", "inference_mode")
+        self._check_strings("base_model_name_or_path", "revision")
         if self.bias not in _BIAS_KINDS:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(_BIAS_KINDS)}")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of str")
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            self.modules_to_save = name_list("modules_to_save", self.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
                 _check_regex(name, value)
             elif value is not None:
-                setattr(self, name, set(_names(name, value)))
+                setattr(self, name, set(name_list(name, value)))
         self._check_task_type()
         self._check_layers()
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, check_rank)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, check_alpha)
-
-    def _check_task_type(self) -> None:
-        given: object = self.task_type
-        if isinstance(given, enum.Enum):  # PEFT's own TaskType
-            self.task_type = str(given.value)
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(
-                f"task_type is {self.task_type!r}; expected None or one of {', '.join(TASK_TYPES)}"
-            )
 
     def _check_layers(self) -> None:
         indices = self.layers_to_transform
@@ -171,7 +132,7 @@ class LoraConfig:
             if any(i < 0 for i in as_list):
                 raise ValueError(f"layers_to_transform is {indices!r}; expected indices from 0")
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
-            self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+            self.layers_pattern = name_list("layers_pattern", self.layers_pattern)
         if self.layers_pattern and indices is None:
             raise ValueError(
                 f"layers_pattern is {self.layers_pattern!r} and layers_to_transform is None; "
@@ -187,7 +148,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's ``adapter_config.json``, ready for ``json.dumps``."""
         content: dict[str, Any] = {
-            "peft_type": "LORA",
+            "peft_type": self.peft_type,
             "auto_mapping": None,
             "lora_bias": False,
             "use_dora": False,
@@ -215,24 +176,7 @@ class LoraConfig:
                 that is not supported (use_dora, lora_bias, target_parameters ...), or a value that
                 is out of range.
         """
-        if not isinstance(content, Mapping):
-            raise AdapterError(f"the adapter's config is {content!r}; expected a JSON object")
-        if content.get("peft_type") != "LORA":
-            raise AdapterError(f"peft_type is {content.get('peft_type')!r}; expected 'LORA'")
-        refused = {k: content[k] for k in sorted(_UNSUPPORTED & content.keys()) if content[k]}
-        if refused:
-            listed = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
-            raise AdapterError(f"the adapter's config has {listed}; this is not supported")
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = content.keys() - known - _UNSUPPORTED - _IRRELEVANT - {"peft_type"}
-        if unknown:
-            warnings.warn(
-                f"unexpected keys {sorted(unknown)} in the adapter's config are ignored; a later "
-                "version of PEFT may have written it",
-                stacklevel=2,
-            )
-        # PEFT writes null for a field that was set to None, where None means the default.
-        values = {k: content[k] for k in known & content.keys() if content[k] is not None}
+        values = cls._fields_in(content)
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
@@ -241,16 +185,6 @@ class LoraConfig:
 
 def _are_ints(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(type(i) is int for i in value)
-
-
-def _names(name: str, value: object) -> list[str]:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} is {value!r}; expected names, a str or None")
-    names = list(dict.fromkeys(value))
-    for entry in names:
-        if not isinstance(entry, str) or not entry:
-            raise TypeError(f"{name} has the entry {entry!r}; expected non-empty str")
-    return names
 
 
 def _pattern(name: str, value: object, check: Callable[[str, object], Any]) -> dict[str, Any]:

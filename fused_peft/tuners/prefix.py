@@ -202,6 +202,13 @@ class PrefixLink:
         self.layer = layer
         self.bias = bias
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The model was pickled in another process, perhaps: its config names our attention.
+        from fused_peft.integrations import transformers as integration
+
+        integration.register()
+        self.__dict__.update(state)
+
     def key_value(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values ``[Hkv, P, D]``, or None where no prefix is in force."""
         encoder = _prefix_in_force(self.adapters)

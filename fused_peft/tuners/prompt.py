@@ -12,8 +12,8 @@ derives them from the mask, gives a left-padded row what it gives that row witho
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
 from typing import Any
 
 import torch
@@ -315,7 +315,8 @@ def _classifies(module: nn.Module, prompt: PromptEmbedding) -> bool:
 def _adjust_generate(model: nn.Module) -> None:
     """For caches of a fixed size: room for the prompt, and masks made where the prompt is known."""
     for name, function in _GENERATE.items():
-        model.__dict__[name] = types.MethodType(function, model)
+        # A bound method could not be pickled: it is looked for under the function's name.
+        model.__dict__[name] = functools.partial(function, model)
 
 
 def _in_front(model: nn.Module) -> int:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import AdapterError
-from ..nn.adapter_spec import check_dropout, check_rank, near_matches
-from .config import TASK_TYPES
+from ..nn.adapter_spec import check_dropout, check_rank
+from .base_config import AdapterConfig, name_list
 
 _ConfigT = TypeVar("_ConfigT", bound="PromptLearningConfig")
 
 _INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS")
 _ENCODERS = ("MLP", "LSTM")
 _PREFIX_INITS = ("random", "zero", "text")
-_IRRELEVANT = frozenset({"auto_mapping", "peft_version", "runtime_config"})
 
 
 @dataclass(kw_only=True)
-class PromptLearningConfig:
+class PromptLearningConfig(AdapterConfig):
     """What the three methods share. Sizes that are None are filled in from the model.
 
     Args:
@@ -42,7 +40,6 @@ class PromptLearningConfig:
         TypeError, ValueError: a field is unknown or its value out of range; the message names it.
     """
 
-    peft_type: ClassVar[str] = ""
     #: Fields that PEFT's file does not know.
     _own: ClassVar[frozenset[str]] = frozenset()
 
@@ -57,48 +54,25 @@ class PromptLearningConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    def __new__(cls, *args: object, **kwargs: object) -> Any:
-        """Refuse unknown keywords, with near matches, and a missing num_virtual_tokens."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no field {name!r}{near_matches(name, known)}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         check_rank("num_virtual_tokens", self.num_virtual_tokens)
         for name in ("token_dim", "num_attention_heads", "num_layers"):
             self._check_optional_size(name)
-        if self.num_transformer_submodules not in (None, 1, 2):
+        submodules: object = self.num_transformer_submodules
+        if submodules is not None and (type(submodules) is not int or submodules not in (1, 2)):
             raise ValueError(
                 f"num_transformer_submodules is {self.num_transformer_submodules!r}; expected None,"
                 " 1 or 2"
             )
-        given: object = self.task_type
-        if isinstance(given, enum.Enum):  # PEFT's own TaskType
-            self.task_type = str(given.value)
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(
-                f"task_type is {self.task_type!r}; expected None or one of {', '.join(TASK_TYPES)}"
-            )
+        self._check_task_type()
         self._check_strings("base_model_name_or_path", "revision")
         self._check_bools("inference_mode")
         if self.modules_to_save is not None:
-            self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
+            self.modules_to_save = name_list("modules_to_save", self.modules_to_save)
 
     def _check_optional_size(self, name: str) -> None:
         if getattr(self, name) is not None:
             check_rank(name, getattr(self, name))
-
-    def _check_strings(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a str or None")
-
-    def _check_bools(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a bool")
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
@@ -141,21 +115,7 @@ class PromptLearningConfig:
         Raises:
             AdapterError: it is another kind of adapter, or a value is out of range.
         """
-        if not isinstance(content, Mapping):
-            raise AdapterError(f"the adapter's config is {content!r}; expected a JSON object")
-        if content.get("peft_type") != cls.peft_type:
-            raise AdapterError(
-                f"peft_type is {content.get('peft_type')!r}; expected {cls.peft_type!r}"
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = content.keys() - known - _IRRELEVANT - {"peft_type"}
-        if unknown:
-            warnings.warn(
-                f"unexpected keys {sorted(unknown)} in the adapter's config are ignored; a later "
-                "version of PEFT may have written it",
-                stacklevel=2,
-            )
-        values = {k: content[k] for k in known & content.keys() if content[k] is not None}
+        values = cls._fields_in(content)
         if "num_virtual_tokens" not in values:
             raise AdapterError("the adapter's config has no num_virtual_tokens")
         try:
@@ -259,7 +219,7 @@ class PromptTuningConfig(PromptLearningConfig):
         _check_goes_with(self, "prompt_tuning_init_text", "prompt_tuning_init", "TEXT")
         _check_goes_with(self, "class_labels", "prompt_tuning_init", "CLASS_LABELS")
         if self.class_labels is not None:
-            self.class_labels = _strings("class_labels", self.class_labels)
+            self.class_labels = name_list("class_labels", self.class_labels)
             if len(self.class_labels) > self.num_virtual_tokens:
                 raise ValueError(
                     f"class_labels has {len(self.class_labels)} labels; expected at most "
@@ -268,7 +228,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if self.token_frequencies is not None:
             if self.vocab_size_limit is None:
                 raise ValueError("token_frequencies is given without vocab_size_limit")
-            self.token_frequencies = [float(n) for n in self.token_frequencies]
+            self.token_frequencies = _frequencies(self.token_frequencies)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's ``adapter_config.json``; a start PEFT lacks reads as RANDOM."""
@@ -377,6 +337,16 @@ PROMPT_CONFIGS: Mapping[str, type[PromptLearningConfig]] = {
 }
 
 
+def _frequencies(value: Any) -> list[float]:
+    try:
+        counts = [float(count) for count in value]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"token_frequencies is {value!r}; expected a list of numbers") from error
+    if not all(count >= 0 for count in counts):
+        raise ValueError(f"token_frequencies is {value!r}; expected numbers from 0")
+    return counts
+
+
 def _check_goes_with(config: object, name: str, choice: str, wanted: str) -> None:
     """A field that one start needs and no other start has a use for."""
     value, chosen = getattr(config, name), getattr(config, choice)
@@ -384,12 +354,3 @@ def _check_goes_with(config: object, name: str, choice: str, wanted: str) -> Non
         raise ValueError(f"{name} is {value!r} with {choice}={wanted!r}; expected it to be given")
     if chosen != wanted and value is not None:
         raise ValueError(f"{name} is given with {choice}={chosen!r}; expected {wanted!r}")
-
-
-def _strings(name: str, value: object) -> list[str]:
-    if not isinstance(value, (list, tuple, set)):
-        raise TypeError(f"{name} is {value!r}; expected a list of str")
-    for entry in value:
-        if not isinstance(entry, str) or not entry:
-            raise TypeError(f"{name} has the entry {entry!r}; expected non-empty str")
-    return list(dict.fromkeys(value))
