@@ -141,9 +141,8 @@ __device__ void produce(const GemmSm90Params& p, const GemmSm90Shared<Tile>& sha
 }
 
 // A warp is done with a stage, here and, where others fill it too, there.
-template <class Tile>
-__device__ inline void release_stage(const GemmSm90Shared<Tile>& shared, uint32_t stage,
-                                     int32_t cluster) {
+template <class Shared>
+__device__ inline void release_stage(const Shared& shared, uint32_t stage, int32_t cluster) {
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
   if (cluster == 1) {
     if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));

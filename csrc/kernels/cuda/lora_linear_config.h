@@ -110,6 +110,23 @@ constexpr int32_t square_raster(int64_t ctas, int32_t block_m, int32_t block_n, 
   return rows < cluster ? 1 : rows / cluster;
 }
 
+// Clusters, CTAs and the order for a choice of kernel and tile.
+constexpr GemmChoice spread_sm90(GemmChoice choice, int64_t m, int64_t n,
+                                 const DeviceFacts& device) {
+  const int64_t tiles_m = ceil_div(m, choice.block_m), tiles_n = ceil_div(n, choice.block_n);
+  choice.tiles = tiles_m * tiles_n;
+  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
+  // tile's time in every column: at most 1/16 of the work.
+  if (choice.block_m == 128 && choice.block_n >= 128 && device.num_sms >= 2 &&
+      (tiles_m % 2 == 0 || tiles_m >= 16))
+    choice.cluster = 2;
+  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * tiles_n;
+  const int64_t resident = device.num_sms / choice.cluster;
+  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
+  return choice;
+}
+
 constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& device) {
   GemmChoice choice;
   const auto take = [&](GemmKernel kernel, int32_t block_m, int32_t block_n) {
@@ -124,16 +141,7 @@ constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& d
   take(GemmKernel::kCooperative, 128, 256);
   if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 128, 128);
   if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 64, 64);
-  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
-  // tile's time in every column: at most 1/16 of the work.
-  const int64_t tiles_m = ceil_div(m, choice.block_m);
-  if (choice.block_m == 128 && device.num_sms >= 2 && (tiles_m % 2 == 0 || tiles_m >= 16))
-    choice.cluster = 2;
-  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * ceil_div(n, choice.block_n);
-  const int64_t resident = device.num_sms / choice.cluster;
-  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
-  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
-  return choice;
+  return spread_sm90(choice, m, n, device);
 }
 
 // sm_80: 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is
@@ -148,30 +156,24 @@ constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const Devic
   return choice;
 }
 
-// Tiles of the single launch: cooperative, without clusters, 256 columns where every SM gets one.
+// Tiles of the single launch: cooperative, 256 columns where every SM gets one.
 constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFacts& device) {
   GemmChoice choice;
   choice.kernel = GemmKernel::kCooperative;
   choice.block_m = kSingleLaunchRows;
-  const int64_t rows = ceil_div(m, kSingleLaunchRows);
-  choice.block_n = rows * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
-  choice.tiles = rows * ceil_div(n, choice.block_n);
-  choice.ctas = choice.tiles < device.num_sms ? choice.tiles : device.num_sms;
-  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, 1);
-  return choice;
+  const int64_t wide = ceil_div(m, kSingleLaunchRows) * ceil_div(n, 256);
+  choice.block_n = wide >= device.num_sms ? 256 : 64;
+  return spread_sm90(choice, m, n, device);
 }
 
-// It spares a launch and the second pass over x (or dy), about 10 us, but its CTAs share no tiles
-// of W in clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide
-// tiles. n: columns of y, or of dx.
-constexpr bool fits_single_launch(const LoraLinearShape& p, int64_t n, const DeviceFacts& device) {
+// It spares a launch and the second pass over x (or dy), and costs nothing: its GEMM has the tiles
+// and clusters of the one in two launches, and R / n more products, which the pass would have too.
+constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
   if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
   if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
     return false;
   if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return false;
-  const int64_t row_tiles = ceil_div(p.m, kSingleLaunchRows);
-  return row_tiles <= kSingleLaunchRowTiles &&
-         row_tiles * ceil_div(n, 256) <= int64_t{4} * device.num_sms;
+  return ceil_div(p.m, kSingleLaunchRows) <= kSingleLaunchRowTiles;
 }
 
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -182,8 +184,7 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
-  return fits_single_launch(p, p.n, device) ? ForwardPath::kSingleLaunch
-                                            : ForwardPath::kTwoLaunches;
+  return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
 }
 
 // How many CTAs split the k of a tile on sm_90. x and W are read at full rate only with megabytes
@@ -241,7 +242,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
     plan.gemm = choose_single_launch(p.m, p.n, device);
   else
     plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
-  const bool single = p.dx && fits_single_launch(p, p.k, device);
+  const bool single = p.dx && fits_single_launch(p, device);
   plan.backward = single ? BackwardPath::kSingleLaunch : BackwardPath::kPasses;
   plan.backward_launches = single ? 2 : 3;
   plan.gemm_backward =

@@ -90,11 +90,11 @@ struct DLoraBWarps {
     RingPlace<Tile::kStages> ring;
     RingPlace<Tile::kTileSlots> slot;
     for (;;) {
-      const int32_t tile = take_tile(shared, slot);
+      const int32_t tile = take_tile<Tile, true>(shared, slot);
       if (tile < 0) break;
       int32_t m0, n0;
       place_tile<Tile>(p, tile, &m0, &n0);
-      int32_t mine = p.dlora_b_parts ? n0 / Tile::BLOCK_N * Tile::BLOCK_K : p.k;
+      int32_t mine = p.dlora_b_parts && m0 < p.m ? n0 / Tile::BLOCK_N * Tile::BLOCK_K : p.k;
       if (mine < p.k) fill_s(m0);
       float* const part = p.dlora_b_parts + int64_t{m0 / Tile::BLOCK_M} * p.k * p.r;
       // The last stage is the update's.
@@ -106,7 +106,7 @@ struct DLoraBWarps {
           mine += p.tiles_n * Tile::BLOCK_K;
         }
         __syncwarp();
-        if (thread % 32 == 0) ptx::mbarrier_arrive(shared.empty(ring.stage));
+        release_stage(shared, ring.stage, p.cluster);
         ring.advance();
       }
     }

@@ -33,6 +33,16 @@ __device__ inline float load_cluster(uint32_t remote) {
   return value;
 }
 
+// A word to such an address of another CTA, its bytes reported to the barrier at `remote_barrier`,
+// of that CTA too.
+__device__ inline void store_async_u32(uint32_t remote, uint32_t value, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\n" ::"r"(
+          remote),
+      "r"(value), "r"(remote_barrier)
+      : "memory");
+}
+
 // The two halves of cluster_sync.
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
