@@ -121,7 +121,7 @@ FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
 FAULTS = {
     "wrong phase bit": (FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
     "a stage filled before it is free": ("ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);", ""),
-    "dropout counters of another row": ("(row0 + row + lane / 4) * p.k", "(row0 + row) * p.k"),
+    "dropout counters of another tile": ("mask.apply(stage, row0 * p.k + ", "mask.apply(stage, "),
     "half of the warps' sums lost": ("sums[at] += sums[Tile::kHalf + at];", ""),
     "no cluster barrier before peers are read": (
         "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),

@@ -35,30 +35,6 @@ struct DownTile {
 
 #if __CUDA_ARCH__ >= 900
 
-// Dropout on a warp's 16 rows and 32 k of a stage: each lane masks two chunks, eight rows apart.
-template <class Element>
-struct StageMask {
-  uint64_t seed, index;  // of the upper chunk's first element in x, k-block 0
-  uint32_t threshold, offset;
-
-  __device__ StageMask(const LoraDownParams& p, int64_t row0, int row, int k, int lane)
-      : seed(p.dropout.seed ? *p.dropout.seed : 0),
-        index(static_cast<uint64_t>((row0 + row + lane / 4) * p.k + k + lane % 4 * kChunk)),
-        threshold(p.dropout.threshold),
-        offset(tile_offset<kSkinnyBlockK>(row + lane / 4, k / kChunk + lane % 4)) {}
-
-  __device__ void apply(unsigned char* stage, int block, int64_t row_length) const {
-    constexpr int kEightRows = 8 * kSkinnyBlockK * 2;  // the swizzle's period
-    uint64_t at = index + static_cast<uint64_t>(block) * kSkinnyBlockK;
-#pragma unroll
-    for (int i = 0; i < 2; ++i, at += 8 * row_length) {
-      auto* chunk = reinterpret_cast<uint4*>(stage + offset + i * kEightRows);
-      *chunk = RowPair<Element>::masked(*chunk, keep_bits<kChunk>(seed, threshold, at));
-    }
-    __syncwarp();
-  }
-};
-
 template <class Element, class Factor, int kRank>
 __device__ inline void down_blocks(const LoraDownParams& p, unsigned char* ring, uint32_t full,
                                    uint32_t empty, int64_t row0) {
@@ -67,8 +43,8 @@ __device__ inline void down_blocks(const LoraDownParams& p, unsigned char* ring,
   const int row = warp % Tile::kRowGroups * 16, half = warp / Tile::kRowGroups;
   const int ranks = ptx::cluster_cta_count();
   const int blocks = static_cast<int>(ceil_div(p.k, kSkinnyBlockK));
-  static_assert(Tile::kSteps == 2, "StageMask");
-  const StageMask<Element> mask(p, row0, row, half * Tile::kSteps * 16, lane);
+  constexpr int kWarpK = Tile::kSteps * 16;
+  const StageMask<Element, kWarpK, 16> mask(p.dropout, p.k, row, half * kWarpK, lane);
   float acc[kRank / 8][4] = {};
   int slot = 0;
   uint32_t phase = 0;
@@ -76,7 +52,7 @@ __device__ inline void down_blocks(const LoraDownParams& p, unsigned char* ring,
   for (int block = ptx::cluster_cta_rank(); block < blocks; block += ranks) {
     unsigned char* const stage = ring + slot * Tile::kStageBytes;
     ptx::mbarrier_wait(full + slot * 8, phase);
-    if (p.dropout.seed) mask.apply(stage, block, p.k);
+    if (p.dropout.seed) mask.apply(stage, row0 * p.k + block * kSkinnyBlockK);
 #pragma unroll
     for (int i = 0; i < Tile::kSteps; ++i) {
       const int step = half * Tile::kSteps + i;

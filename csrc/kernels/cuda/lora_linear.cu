@@ -230,6 +230,9 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   return run_gemm<Element>(variant, gemm, context, true);
 }
 
+// Rows of ds in float32 are whole 16-byte pieces, as vector and tensor copies want them.
+int64_t float_ds_stride(const LoraLinearParams& p) { return ceil_div(p.r, 4) * 4; }
+
 struct BackwardJob {
   bool want_ds = false;
   TermsOut terms;
@@ -248,7 +251,7 @@ BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& 
   if (job.want_ds) {
     job.terms = take_terms(p, workspace);
     if (args.dlora_a && factor_float(p))
-      job.ds = static_cast<float*>(workspace->take(p.m * p.r * 4));
+      job.ds = static_cast<float*>(workspace->take(p.m * float_ds_stride(p) * 4));
   }
   const bool single = plan.backward == BackwardPath::kSingleLaunch;
   if (args.dlora_b) {
@@ -279,6 +282,7 @@ Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   params.s = args.dlora_b ? args.s : nullptr;
   params.scaling = scaling_of(p);
   params.ds = job.ds;
+  params.ds_stride = float_ds_stride(p);
   params.terms = job.terms;
   params.want_ds = job.want_ds;
   params.dlora_b_parts = job.parts;
@@ -301,14 +305,15 @@ Status dlora_a_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan,
   params.x_stride = p.x.row_stride;
   params.x_aligned = aligned16(p.x.data, p.x.row_stride, p.k);
   params.ds = job.ds ? static_cast<const void*>(job.ds) : job.terms.data;
-  params.ds_stride = job.ds ? p.r : job.terms.stride;
-  params.ds_aligned = job.ds ? p.r % 4 == 0 : true;
+  params.ds_stride = job.ds ? float_ds_stride(p) : job.terms.stride;
   params.dropout = dropout_of(p, context);
   params.dlora_a = args.dlora_a;
   params.reduce = reduce;
   params.column_blocks = static_cast<int>(plan.x_pass.ctas);
   const int64_t extra = reduce.parts ? ceil_div(reduce.elements, 1024) : 0;
-  return launch_x_pass<Element, Factor>(plan.x_pass, params, extra, context);
+  return plan.x_pass.cluster > 0
+             ? launch_x_pass_sm90<Element, Factor>(plan.x_pass, params, p.x.dtype, extra, context)
+             : launch_x_pass<Element, Factor>(plan.x_pass, params, extra, context);
 }
 
 template <class Element>

@@ -86,7 +86,7 @@ struct SkinnyChoice {
   int32_t row_blocks = 0;  // dy pass: 16-row blocks per CTA
   int64_t ctas = 0;
   int32_t rank_blocks = 1;  // x pass: how often x is read
-  int32_t cluster = 0;      // down: CTAs that split k; 0: the sm_80 kernel, whose warps do
+  int32_t cluster = 0;      // CTAs that split the reduction; 0: the sm_80 kernel, whose warps do
 };
 
 struct LoraLinearPlan {
@@ -189,11 +189,12 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
 
 // How many CTAs split the k of a tile on sm_90. x and W are read at full rate only with megabytes
 // under way, so as many as are resident at once: two an SM, a cluster's within one GPC, whose SMs
-// are taken to be a multiple of the cluster. A CTA without a k-block would only wait.
-constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& device) {
+// are taken to be a multiple of the cluster. A CTA without `least` k-blocks would only wait.
+constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& device,
+                                 int64_t least = 1) {
   int32_t cluster = kMaxCluster;
   while (cluster > 1 &&
-         (tiles > 2 * (device.num_sms / cluster) || ceil_div(k, kSkinnyBlockK) < cluster))
+         (tiles > 2 * (device.num_sms / cluster) || ceil_div(k, kSkinnyBlockK) < least * cluster))
     cluster /= 2;
   return cluster;
 }
@@ -201,12 +202,11 @@ constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& de
 // The sm_80 kernels remain for rows that TMA cannot address (16-byte steps) and for devices with
 // clusters but less shared memory (sm_120: 99 KiB).
 constexpr bool has_skinny_sm90(const LoraLinearShape& p, const DeviceFacts& device) {
-  return device.major >= 9 && device.shared_per_block >= kSkinnySharedBytes && p.aligned &&
-         p.lora_a_aligned && p.k > 0;
+  return device.major >= 9 && device.shared_per_block >= kSkinnySharedBytes && p.aligned && p.k > 0;
 }
 
 constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
-  if (!has_skinny_sm90(p, device)) return {0, ceil_div(p.n, kDecodeColumns)};
+  if (!has_skinny_sm90(p, device) || !p.lora_a_aligned) return {0, ceil_div(p.n, kDecodeColumns)};
   const int64_t tiles = ceil_div(p.n, kDecodeBlockN);
   const int32_t cluster = choose_cluster(tiles, p.k, device);
   return {cluster, tiles * cluster};
@@ -215,7 +215,9 @@ constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts
 constexpr SkinnyChoice choose_down(const LoraLinearShape& p, const DeviceFacts& device) {
   SkinnyChoice choice = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
   // A tile of 256 ranks would be 128 accumulators a thread, and spills.
-  if (choice.rank > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
+  if (choice.rank > 64 || !has_skinny_sm90(p, device) || !p.lora_a_aligned ||
+      p.m > kLargestTensorRow)
+    return choice;
   const int64_t tiles = ceil_div(p.m, kDownRows);
   choice.row_blocks = kDownRows / 16;
   choice.cluster = choose_cluster(tiles, p.k, device);
@@ -231,6 +233,21 @@ constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
   int32_t blocks = tile == 16 ? 4 : tile == 64 ? (factor_float ? 2 : 4) : 1;
   if (tile == 16 && 2 * ceil_div(m, 64) < device.num_sms) blocks = 1;
   return {tile, blocks, ceil_div(m, 16 * blocks), 1};
+}
+
+// Blocks of 64 rows for a CTA of the backward passes: what it has under way at once. Swapping the
+// sums of a cluster costs more than reading one block.
+constexpr int64_t kLeastPassBlocks = 4;
+
+constexpr SkinnyChoice choose_x_pass(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int32_t tile = rank_tile(p.r, 128);
+  SkinnyChoice choice = {tile, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, tile))};
+  // 64 columns by 128 ranks would be 256 accumulators a thread.
+  if (tile > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
+  const int64_t tiles = ceil_div(p.k, kSkinnyBlockK);
+  choice.cluster = choose_cluster(tiles, p.m, device, kLeastPassBlocks);
+  choice.ctas = tiles * choice.cluster;
+  return choice;
 }
 
 constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -249,8 +266,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
       single ? choose_single_launch(p.m, p.k, device) : choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = choose_down(p, device);
   plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
-  const int32_t x_rank = rank_tile(p.r, 128);
-  plan.x_pass = {x_rank, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, x_rank))};
+  plan.x_pass = choose_x_pass(p, device);
   return plan;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/lora_linear_config.h"
+#include "kernels/cuda/ring_sm90.cuh"
 #include "kernels/cuda/skinny_sm80.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/ptx/cluster.cuh"
@@ -13,6 +14,16 @@ namespace fused_peft::cuda {
 
 static_assert(kSkinnyBlockK == kSwizzledColumns);
 constexpr int kBoxAlignment = 1024;  // of a swizzled box in shared memory
+
+// Shared memory of a ring: its stages, then two barriers each. As many stages as fit, up to
+// `most`.
+constexpr int skinny_stages(int stage_bytes, int most = 8) {
+  const int fit = (kSkinnySharedBytes - kBoxAlignment) / (stage_bytes + 2 * int{sizeof(uint64_t)});
+  return fit < most ? fit : most;
+}
+constexpr int skinny_shared_bytes(int stages, int stage_bytes) {
+  return kBoxAlignment + stages * (stage_bytes + 2 * int{sizeof(uint64_t)});
+}
 
 // A k-block of lora_a in a stage: rows of 128 bytes, swizzled by TMA as tile_offset is. Float32
 // rows would be 256 bytes, which no swizzle spans: they come in panels of 8 k, dense, so that what
@@ -34,6 +45,71 @@ struct FactorStage {
 };
 
 #if __CUDA_ARCH__ >= 900
+
+// The ring in a CTA's dynamic shared memory.
+template <class Tile>
+struct SkinnyRing {
+  unsigned char* memory;
+  uint32_t base;
+
+  __device__ explicit SkinnyRing(unsigned char* shared) {
+    const uint32_t unaligned = ptx::shared_address(shared);
+    base = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
+    memory = shared + (base - unaligned);
+  }
+  __device__ uint32_t stage(uint32_t i) const { return base + i * Tile::kStageBytes; }
+  __device__ uint32_t full(uint32_t i) const { return stage(Tile::kStages) + 8 * i; }
+  __device__ uint32_t empty(uint32_t i) const { return full(Tile::kStages + i); }
+  // All threads of the CTA.
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Tile::kStages; ++i) {
+        ptx::mbarrier_init(full(i), 1);
+        ptx::mbarrier_init(empty(i), Tile::kConsumers);
+      }
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+  }
+  // By a warp that has read the stage.
+  __device__ void release(uint32_t i, int lane) const {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(empty(i));
+  }
+};
+
+// Dropout on a warp's kRows rows and kColumns columns of a stage whose rows are 128 bytes: each
+// lane masks a chunk in every kStep-th row.
+template <class Element, int kColumns, int kRows>
+struct StageMask {
+  static constexpr int kLaneChunks = kColumns / kChunk, kStep = 32 / kLaneChunks;
+  uint64_t seed, row_length, index;  // of the lane's first element, from the stage's first one
+  uint32_t threshold;
+  int row, chunk;
+
+  // row, column: of the warp in the stage. Rows of x hold row_length elements, whole chunks.
+  __device__ StageMask(const Dropout& dropout, int64_t row_length, int row, int column, int lane)
+      : seed(dropout.seed ? *dropout.seed : 0),
+        row_length(static_cast<uint64_t>(row_length)),
+        threshold(dropout.threshold),
+        row(row + lane_row(lane / kLaneChunks)),
+        chunk(column / kChunk + lane % kLaneChunks) {
+    index = static_cast<uint64_t>(this->row * row_length + this->chunk * kChunk);
+  }
+  // Of the rows that a quarter warp covers, two of four chunks, the swizzle puts one into the lower
+  // half of the banks and one into the upper.
+  __device__ static int lane_row(int i) { return kLaneChunks == 4 ? (i & 1) * 4 + i / 2 : i; }
+  // first: the index in x of the stage's first element.
+  __device__ void apply(unsigned char* stage, int64_t first) const {
+    uint64_t at = static_cast<uint64_t>(first) + index;
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kStep, at += kStep * row_length) {
+      auto* words = reinterpret_cast<uint4*>(stage + tile_offset<kSwizzledColumns>(row + i, chunk));
+      *words = RowPair<Element>::masked(*words, keep_bits_whole<kChunk>(seed, threshold, at));
+    }
+    __syncwarp();
+  }
+};
 
 // acc[j] += rows of x times ranks first + 8j .. of this stage's lora_a, over one k16 step.
 template <class Element, class Factor, int kRank, int kBlocks>
@@ -63,8 +139,9 @@ __device__ inline void multiply_factor(float (&acc)[kBlocks][4], const uint32_t 
       const int column = first + j * 8;
       if (column >= r) break;
       const unsigned char* at = tile + 2 * step * kPanelBytes + column * kChunk * 4 + lane * 8;
-      mma16_float_b<Element>(acc[j], a, *reinterpret_cast<const float2*>(at),
-                             *reinterpret_cast<const float2*>(at + kPanelBytes));
+      mma16_float_b<Element>(acc[j], a,
+                             FloatTerms(*reinterpret_cast<const float2*>(at),
+                                        *reinterpret_cast<const float2*>(at + kPanelBytes)));
     }
   }
 }
@@ -86,6 +163,15 @@ __device__ inline float add_ranks(const float* own) {
   float sum = ptx::load_cluster(ptx::cluster_address(address, 0));
   for (uint32_t rank = 1; rank < ranks; ++rank)
     sum += ptx::load_cluster(ptx::cluster_address(address, rank));
+  return sum;
+}
+// The same of four floats.
+__device__ inline float4 add_ranks(const float4* own) {
+  const uint32_t address = ptx::shared_address(own);
+  const uint32_t ranks = ptx::cluster_cta_count();
+  float4 sum = ptx::load_cluster_v4(ptx::cluster_address(address, 0));
+  for (uint32_t rank = 1; rank < ranks; ++rank)
+    sum = add_quads(sum, ptx::load_cluster_v4(ptx::cluster_address(address, rank)));
   return sum;
 }
 

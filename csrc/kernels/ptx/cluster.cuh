@@ -26,7 +26,7 @@ __device__ inline uint32_t cluster_address(uint32_t shared, uint32_t cta_rank) {
   return remote;
 }
 
-// A float at such an address.
+// A float at such an address, or four.
 __device__ inline float load_cluster(uint32_t remote) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(remote) : "memory");
@@ -41,6 +41,15 @@ __device__ inline void store_async_u32(uint32_t remote, uint32_t value, uint32_t
           remote),
       "r"(value), "r"(remote_barrier)
       : "memory");
+}
+
+__device__ inline float4 load_cluster_v4(uint32_t remote) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
+  return v;
 }
 
 // The two halves of cluster_sync.
