@@ -172,7 +172,7 @@ def test_decode_streams_by_tensor_copies():
 @pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
 def test_single_launch():
     singles = {n: lines for n, lines in machine_code("90").items() if "lora_single" in n}
-    assert len(singles) == 8  # two types, two tiles, two ranks
+    assert len(singles) == 16  # two directions, two types, two tiles, two ranks
     for name, lines in singles.items():
         main = [loop for loop in loops(lines) if sum(loop[o] for o in loop if "HGMMA" in o) >= 4]
         # The loop of the first column's tiles, which forms s too, and that of the others.

@@ -14,8 +14,12 @@ pytestmark = [
     ),
 ]
 
-GEMM, SINGLE = "gemm_dual_bf16_sm90.cu", "lora_single_bf16_sm90.cu"
-KERNEL, CONSUMER, LAYER = "gemm_dual_sm90.cuh", "gemm_consumer_sm90.cuh", "lora_single_sm90.cuh"
+GEMM = "gemm_dual_bf16_sm90.cu"
+FORWARD, BACKWARD = (f"lora_single_{name}_bf16_sm90.cu" for name in ("forward", "backward"))
+KERNEL, CONSUMER = "gemm_dual_sm90.cuh", "gemm_consumer_sm90.cuh"
+LAYER, LAYER_TILE, LAYER_CONSUMER, DLORA_B = (
+    f"lora_single_{name}sm90.cuh" for name in ("", "tile_", "consumer_", "dlora_b_")
+)
 # What it breaks: (header, text, text instead).
 GEMM_FAULTS = {
     "wrong phase bit": (
@@ -47,12 +51,12 @@ GEMM_FAULTS = {
 
 SINGLE_FAULTS = {
     "dropped flag wait": (
-        LAYER, "    while (ptx::load_acquire(flag(m0)) != epoch + 1) {\n    }\n", ""),
-    "wait without acquire": (LAYER, "ptx::load_acquire(flag", "ptx::load_relaxed(flag"),
-    "s published without release": (
-        LAYER, "ptx::store_release(flag(m0)", "ptx::store_relaxed(flag(m0)"),
-    "s published before it is there": (
-        LAYER, "const uint32_t last = multiply_k<true>();",
+        LAYER_CONSUMER, "    while (ptx::load_acquire(flag(m0)) != epoch + 1) {\n    }\n", ""),
+    "wait without acquire": (LAYER_CONSUMER, "ptx::load_acquire(flag", "ptx::load_relaxed(flag"),
+    "published without release": (
+        LAYER_CONSUMER, "ptx::store_release(flag(m0)", "ptx::store_relaxed(flag(m0)"),
+    "published before it is there": (
+        LAYER_CONSUMER, "const uint32_t last = multiply_k<true>();",
         "if (threadIdx.x % 32 == 0) ptx::store_release(flag(m0), epoch + 1);\n"
         "        const uint32_t last = multiply_k<true>();"),
     "state cleared by the first CTA that is done": (
@@ -64,12 +68,37 @@ SINGLE_FAULTS = {
         "tile = p.tiles_m * p.tiles_n - 1 - taken;"),
     "slot of a tile written again before it is read": (
         LAYER, "    ptx::mbarrier_wait(shared.tile_empty(slot.stage), slot.phase ^ 1);\n", ""),
-    "lora_b multiplied before it is there": (
-        LAYER, "    ptx::mbarrier_wait(shared.full(ring.stage), ring.phase);\n#pragma unroll\n",
+    "update multiplied before it is there": (
+        LAYER_CONSUMER,
+        "    ptx::mbarrier_wait(shared.full(ring.stage), ring.phase);\n#pragma unroll\n",
         "#pragma unroll\n"),
     "last stage given back early": (
-        LAYER, "        product.template wait<0>();\n        release(last);\n      }",
+        LAYER_CONSUMER, "        product.template wait<0>();\n        release(last);\n      }",
         "        release(last);\n        product.template wait<0>();\n      }"),
+}  # fmt: skip
+
+BACKWARD_FAULTS = {
+    "dlora_b: block read before it is there": (
+        DLORA_B, "        ptx::mbarrier_wait(shared.full(ring.stage), ring.phase);\n", ""),
+    "dlora_b: stage given back before it is read": (
+        LAYER_TILE, "(empty(stage), Tile::kWarps + Tile::kSideWarps)",
+        "(empty(stage), Tile::kWarps)"),
+    "dlora_b: s replaced while the other warp uses it": (
+        DLORA_B, "    ptx::named_barrier_sync<kBarrier, kThreads>();  // the s", "    // the s"),
+    "dlora_b: s used before the other warp has written it": (
+        DLORA_B, "    }\n    ptx::named_barrier_sync<kBarrier, kThreads>();\n", "    }\n"),
+    "tile taken before it is there": (
+        LAYER_TILE, "  ptx::mbarrier_wait(shared.tile_full(slot.stage), slot.phase);\n", ""),
+    "dlora_b: a block left to nobody": (
+        DLORA_B, "mine += p.tiles_n * Tile::BLOCK_K;", "mine += (p.tiles_n + 1) * Tile::BLOCK_K;"),
+    "dlora_b: update's stage not counted": (
+        DLORA_B, "k < p.k + Tile::BLOCK_K; k +=", "k < p.k; k +="),
+    "dlora_b: part of another row of tiles": (
+        DLORA_B, "int64_t{m0 / Tile::BLOCK_M}", "int64_t{0}"),
+    "lora_b's lines taken for 64 k": (
+        LAYER_CONSUMER, "tile + step * kWgmmaK * kLine,", "tile + step * kWgmmaK * 2,"),
+    "ds not fetched": (
+        LAYER_CONSUMER, "a[i] = exists ? *ds_pair(row, column) : 0;", "a[i] = 0;"),
 }  # fmt: skip
 
 # Each kernel with and without clusters and masks, several tiles a CTA.
@@ -104,10 +133,11 @@ SINGLE_CHECK = """
 import itertools, sys, torch
 sys.path.insert(0, sys.argv[1])
 from backends import relative_error
-from test_lora_ops import exact, make
+from test_lora_ops import exact, make, run
 from fused_peft import ops, simulator
 
-problems = [((257, 520, 72, 24), 4), ((130, 264, 136, 16), 1), ((130, 520, 72, 16), 7)]
+problems = [((257, 520, 72, 24), 4), ((130, 264, 136, 16), 1), ((130, 520, 72, 16), 7),
+            ((257, 200, 264, 16), 5), ((130, 392, 264, 40), 2)]
 for timing, (shape, num_sms), seed in itertools.product(
     ["late", "early", "random"], problems, range(3)
 ):
@@ -117,19 +147,21 @@ for timing, (shape, num_sms), seed in itertools.product(
         simulator.simulated_cuda(),
         simulator.options(seed=seed, async_timing=timing, max_sms=num_sms, hang_budget=200000),
     ):
-        y = ops.lora_linear(
-            t["x"], t["weight"], t["lora_a"], t["lora_b"], t["bias"], scaling=0.7
-        )
+        ours = run(ops.lora_linear, t, scaling=0.7)
     for finding in simulator.findings():
         sys.exit(f"finding: {finding.kind} at {finding.source}")
-    assert "lora_single" in simulator.counters()[0].kernel
-    error = relative_error(y, exact(t, scaling=0.7)["y"])
-    if not error < 1e-2:
-        sys.exit(f"y: {error}")
+    assert any("lora_single" in launch.kernel for launch in simulator.counters())
+    for name, truth in exact(t, scaling=0.7).items():
+        error = relative_error(ours[name], truth)
+        if not error < 1e-2:
+            sys.exit(f"{name}: {error}")
 """
 
 
-@pytest.mark.parametrize(("source", "check"), [(GEMM, GEMM_CHECK), (SINGLE, SINGLE_CHECK)])
+@pytest.mark.parametrize(
+    ("source", "check"),
+    [(GEMM, GEMM_CHECK), (FORWARD, SINGLE_CHECK), (BACKWARD, SINGLE_CHECK)],
+)
 def test_kernels_as_they_are_pass(source, check, tmp_path):
     done = run_check(build(tmp_path, source), check)
     assert done.returncode == 0, done.stderr
@@ -142,4 +174,9 @@ def test_fault_of_the_gemm_is_seen(name, tmp_path):
 
 @pytest.mark.parametrize("name", SINGLE_FAULTS)
 def test_fault_of_the_single_launch_is_seen(name, tmp_path):
-    assert_seen(run_check(build(tmp_path, SINGLE, Fault(*SINGLE_FAULTS[name])), SINGLE_CHECK))
+    assert_seen(run_check(build(tmp_path, FORWARD, Fault(*SINGLE_FAULTS[name])), SINGLE_CHECK))
+
+
+@pytest.mark.parametrize("name", BACKWARD_FAULTS)
+def test_fault_of_the_way_back_is_seen(name, tmp_path):
+    assert_seen(run_check(build(tmp_path, BACKWARD, Fault(*BACKWARD_FAULTS[name])), SINGLE_CHECK))

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
   cuda::LaunchContext& context = scope.context();
   context.seed = scope.seed(seed, dropout_p, x);
   context.single_launch_state = scope.single_launch_state(x);
-  context.workspace = scope.workspace(x, cuda::forward_workspace_bytes(args.problem, context));
+  context.workspace = scope.workspace(x, cuda::forward_workspace_bytes(args, context));
   check_launch_status(cuda::lora_linear_forward(args, context), "lora_linear");
   return {out.y, out.s};
 }
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     scope.writes(*gradient);
   cuda::LaunchContext& context = scope.context();
   context.seed = scope.seed(seed, dropout_p, x);
-  context.workspace = scope.workspace(x, cuda::backward_workspace_bytes(job.args, scope.facts()));
+  context.single_launch_state = scope.single_launch_state(x);
+  context.workspace = scope.workspace(x, cuda::backward_workspace_bytes(job.args, context));
   check_launch_status(cuda::lora_linear_backward(job.args, context), "lora_linear_backward");
   const Gradients& g = job.gradients;
   return {g.dx, g.dlora_a, g.dlora_b, g.dbias};

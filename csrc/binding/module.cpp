@@ -61,6 +61,11 @@ const char* name_of(cuda::ForwardPath path) {
   return "down projection, then GEMM";
 }
 
+const char* name_of(cuda::BackwardPath path) {
+  return path == cuda::BackwardPath::kSingleLaunch ? "GEMM with the dy pass, then x pass"
+                                                   : "dy pass, x pass, GEMM";
+}
+
 const char* name_of(cuda::GemmKernel kernel) {
   switch (kernel) {
     case cuda::GemmKernel::kPingpong: return "sm_90a pingpong";
@@ -92,7 +97,7 @@ pybind11::dict lora_linear_plan(int64_t m, int64_t n, int64_t k, int64_t r, bool
                              {num_sms, shared_per_block, major});
   return pybind11::dict(
       arg("forward") = name_of(plan.forward), arg("forward_launches") = plan.forward_launches,
-      arg("backward_launches") = plan.backward_launches,
+      arg("backward") = name_of(plan.backward), arg("backward_launches") = plan.backward_launches,
       arg("decode_cluster") = plan.decode.cluster, arg("decode_ctas") = plan.decode.ctas,
       arg("gemm") = dict_of(plan.gemm), arg("gemm_backward") = dict_of(plan.gemm_backward),
       arg("down") = dict_of(plan.down), arg("dy_pass") = dict_of(plan.dy_pass),

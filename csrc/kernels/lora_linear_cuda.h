@@ -13,9 +13,10 @@ LoraLinearShape shape_of(const LoraLinearParams& problem);
 // else kUnsupported.
 bool supports(const LoraLinearParams& problem);
 
-// Of the context's device and single_launch_state; lora_linear_forward then gets the same.
-int64_t forward_workspace_bytes(const LoraLinearParams& problem, const LaunchContext& context);
-int64_t backward_workspace_bytes(const LoraLinearBackward& args, const DeviceFacts& device);
+// Of the context's device and single_launch_state, and of all pointers; the launch then gets the
+// same.
+int64_t forward_workspace_bytes(const LoraLinearForward& args, const LaunchContext& context);
+int64_t backward_workspace_bytes(const LoraLinearBackward& args, const LaunchContext& context);
 
 Status lora_linear_forward(const LoraLinearForward& args, const LaunchContext& context);
 Status lora_linear_backward(const LoraLinearBackward& args, const LaunchContext& context);

@@ -25,12 +25,17 @@ struct GroupProduct {
   static constexpr int kRowBlocks = Tile::kRowBlocks, BLOCK_N = Tile::BLOCK_N;
   float acc[kRowBlocks][BLOCK_N / 2];
 
+  // Rows step * 16 .. of k of the tile of b.
+  __device__ static uint64_t b_descriptor(uint32_t stage_b, int step) {
+    const uint32_t start =
+        stage_b + step * (kBKMajor ? kWgmmaK * 2 : kWgmmaK * static_cast<int>(kLineBytes));
+    return ptx::swizzled_descriptor(start, Tile::BLOCK_K * kLineBytes, kPatternBytes);
+  }
+
   // One k step of a stage. row0: of this warpgroup in the stage.
   __device__ void multiply(uint32_t stage_a, uint32_t stage_b, int row0, int step,
                            bool accumulate) {
-    const uint32_t b_start =
-        stage_b + step * (kBKMajor ? kWgmmaK * 2 : kWgmmaK * static_cast<int>(kLineBytes));
-    const uint64_t b = ptx::swizzled_descriptor(b_start, Tile::BLOCK_K * kLineBytes, kPatternBytes);
+    const uint64_t b = b_descriptor(stage_b, step);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
       const uint64_t a = ptx::swizzled_descriptor(

@@ -31,8 +31,14 @@ Status launch_gemm_sm90(const GemmVariant& variant, const GemmParams& params,
 
 // The forward pass in one launch (sm_90a).
 template <class Element>
-Status launch_single(const LoraLinearForward& args, const GemmChoice& choice,
-                     const LaunchContext& context);
+Status launch_single_forward(const LoraLinearForward& args, const GemmChoice& choice,
+                             const LaunchContext& context);
+
+// dx, ds in one segment and, where parts is not null, dlora_b [row tiles, N, R] in one launch
+// (sm_90a).
+template <class Element>
+Status launch_single_backward(const LoraLinearBackward& args, const TermsOut& ds, float* parts,
+                              const GemmChoice& choice, const LaunchContext& context);
 
 // rank: 16, 64 or 256 columns of accumulators. extra_ctas copy a factor.
 template <class Element, class Factor>

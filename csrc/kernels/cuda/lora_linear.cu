@@ -175,7 +175,7 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   if (plan.forward == ForwardPath::kDecode) return decode<Element, Factor>(args, plan, context);
 #ifdef FUSED_PEFT_SM90A
   if (plan.forward == ForwardPath::kSingleLaunch)
-    return launch_single<Element>(args, plan.gemm, context);
+    return launch_single_forward<Element>(args, plan.gemm, context);
 #endif
 
   Workspace workspace(context.workspace);
@@ -192,7 +192,6 @@ Status forward(const LoraLinearForward& args, const LoraLinearPlan& plan,
   gemm.c_stride = args.y_row_stride;
   gemm.c_aligned = aligned16(args.y, args.y_row_stride, kChunk);
   variant.aligned = gemm.source[0].a_aligned && gemm.source[0].b_aligned;
-  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.n, false, context.device);
 
   if (plan.forward == ForwardPath::kFusedDown) {
     GemmSource& update = gemm.source[1];
@@ -235,7 +234,8 @@ struct BackwardJob {
   bool want_ds = false;
   TermsOut terms;
   float* ds = nullptr;
-  float* parts = nullptr;
+  float* parts = nullptr;  // of dlora_b
+  int64_t part_count = 0;
   bool direct = false;  // the dy pass writes dlora_b itself
   FactorOperand factor;
 };
@@ -250,13 +250,15 @@ BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& 
     if (args.dlora_a && factor_float(p))
       job.ds = static_cast<float*>(workspace->take(p.m * p.r * 4));
   }
+  const bool single = plan.backward == BackwardPath::kSingleLaunch;
   if (args.dlora_b) {
-    job.direct = plan.dy_pass.ctas == 1 && factor_float(p);
-    job.parts = job.direct
-                    ? static_cast<float*>(args.dlora_b)
-                    : static_cast<float*>(workspace->take(plan.dy_pass.ctas * p.n * p.r * 4));
+    job.part_count = single ? ceil_div(p.m, kSingleLaunchRows) : plan.dy_pass.ctas;
+    job.direct = job.part_count == 1 && factor_float(p);
+    job.parts = job.direct ? static_cast<float*>(args.dlora_b)
+                           : static_cast<float*>(workspace->take(job.part_count * p.n * p.r * 4));
   }
-  if (args.dx) job.factor = factor_operand(p, p.lora_a, p.k, true, !weight_k_major(p), workspace);
+  if (args.dx && !single)
+    job.factor = factor_operand(p, p.lora_a, p.k, true, !weight_k_major(p), workspace);
   return job;
 }
 
@@ -326,7 +328,6 @@ Status dx_gemm(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   // The low-rank product first where dropout's mask is applied, to it alone; else last, since it is
   // the one that waits for the kernel before.
   gemm.c_aligned = aligned16(args.dx, p.k, kChunk);
-  if (!gemm.c_aligned) variant.choice = choose_gemm(p.m, p.k, false, context.device);
   const bool sm90 = variant.choice.kernel != GemmKernel::kSm80;
   const int update = sm90 && !variant.mask ? 1 : 0;
   gemm.source[update] = update_source(job.factor, job.terms);
@@ -342,16 +343,24 @@ Status backward(const LoraLinearBackward& args, const LoraLinearPlan& plan,
   const LoraLinearParams& p = args.problem;
   Workspace workspace(context.workspace);
   const BackwardJob job = plan_backward(args, plan, &workspace);
+  const bool single = plan.backward == BackwardPath::kSingleLaunch;
   Status status = Status::kOk;
-  if (job.want_ds || args.dlora_b) status = dy_pass<Element, Factor>(args, plan, job, context);
+#ifdef FUSED_PEFT_SM90A
+  if (single)
+    status =
+        launch_single_backward<Element>(args, job.terms, job.parts, plan.gemm_backward, context);
+#endif
+  if (!single && (job.want_ds || args.dlora_b))
+    status = dy_pass<Element, Factor>(args, plan, job, context);
   ReduceParams reduce;
   if (args.dlora_b && !job.direct)
-    reduce = {job.parts, plan.dy_pass.ctas, p.n * p.r, args.dlora_b, factor_float(p)};
+    reduce = {job.parts, job.part_count, p.n * p.r, args.dlora_b, factor_float(p)};
   if (status == Status::kOk && args.dlora_a)
     status = dlora_a_pass<Element, Factor>(args, plan, job, reduce, context);
   else if (status == Status::kOk && reduce.parts)
     status = launch_reduce<Element>(reduce, context);
-  if (status == Status::kOk && args.dx) status = dx_gemm<Element>(args, plan, job, context);
+  if (status == Status::kOk && args.dx && !single)
+    status = dx_gemm<Element>(args, plan, job, context);
   if (status == Status::kOk && args.dbias)
     status =
         launch_column_sum<Element>(args.dy.data, args.dy.row_stride, p.m, p.n, args.dbias, context);
@@ -416,17 +425,22 @@ LoraLinearShape shape_of(const LoraLinearParams& p) {
 
 namespace {
 
-LoraLinearPlan forward_plan(const LoraLinearParams& p, const LaunchContext& context) {
+LoraLinearPlan forward_plan(const LoraLinearForward& args, const LaunchContext& context) {
+  const LoraLinearParams& p = args.problem;
   LoraLinearShape shape = shape_of(p);
+  shape.aligned = shape.aligned && aligned16(args.y, args.y_row_stride, p.n);
   shape.single_launch_state = context.single_launch_state != nullptr;
   return plan_lora_linear(shape, context.device);
 }
 
-LoraLinearPlan backward_plan(const LoraLinearBackward& args, const DeviceFacts& device) {
+LoraLinearPlan backward_plan(const LoraLinearBackward& args, const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   LoraLinearShape shape = shape_of(p);
-  shape.aligned = shape.aligned && aligned16(args.dy.data, args.dy.row_stride, p.n);
-  return plan_lora_linear(shape, device);
+  shape.aligned = shape.aligned && aligned16(args.dy.data, args.dy.row_stride, p.n) &&
+                  (!args.dx || aligned16(args.dx, p.k, p.k)) && aligned16(args.s, 0, 0);
+  shape.single_launch_state = context.single_launch_state != nullptr;
+  shape.dx = args.dx != nullptr;
+  return plan_lora_linear(shape, context.device);
 }
 
 }  // namespace
@@ -439,15 +453,15 @@ bool supports(const LoraLinearParams& p) {
   return p.r >= 1 && p.r <= kMaxRank && p.n <= kLargest && p.k <= kLargest;
 }
 
-int64_t forward_workspace_bytes(const LoraLinearParams& p, const LaunchContext& context) {
+int64_t forward_workspace_bytes(const LoraLinearForward& args, const LaunchContext& context) {
   Workspace workspace(nullptr);
-  plan_forward(p, forward_plan(p, context), &workspace);
+  plan_forward(args.problem, forward_plan(args, context), &workspace);
   return workspace.used();
 }
 
-int64_t backward_workspace_bytes(const LoraLinearBackward& args, const DeviceFacts& device) {
+int64_t backward_workspace_bytes(const LoraLinearBackward& args, const LaunchContext& context) {
   Workspace workspace(nullptr);
-  plan_backward(args, backward_plan(args, device), &workspace);
+  plan_backward(args, backward_plan(args, context), &workspace);
   return workspace.used();
 }
 
@@ -455,14 +469,14 @@ Status lora_linear_forward(const LoraLinearForward& args, const LaunchContext& c
   const LoraLinearParams& p = args.problem;
   if (!supports(p)) return Status::kUnsupported;
   if (p.m == 0) return Status::kOk;
-  return dispatch<RunForward>(args, forward_plan(p, context), context);
+  return dispatch<RunForward>(args, forward_plan(args, context), context);
 }
 
 Status lora_linear_backward(const LoraLinearBackward& args, const LaunchContext& context) {
   const LoraLinearParams& p = args.problem;
   if (!supports(p)) return Status::kUnsupported;
   if (p.m == 0) return clear_gradients(args, context);
-  return dispatch<RunBackward>(args, backward_plan(args, context.device), context);
+  return dispatch<RunBackward>(args, backward_plan(args, context), context);
 }
 
 }  // namespace fused_peft::cuda

@@ -13,9 +13,10 @@ struct LoraLinearShape {
   bool factor_float = false;  // lora_a, lora_b are float32, not x's dtype
   bool dropout = false;
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
-  bool aligned = true;         // rows of x, weight and y are 16-byte aligned and whole
+  bool aligned = true;         // rows of x, weight and y (dx) are 16-byte aligned and whole
   bool lora_a_aligned = true, lora_b_aligned = true;  // and those of the factors
   bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
+  bool dx = true;                                     // the gradient of x is wanted
 };
 
 enum class ForwardPath : int32_t {
@@ -25,11 +26,17 @@ enum class ForwardPath : int32_t {
   kSingleLaunch = 3,  // sm_90a: the first column of tiles forms s for the others
 };
 
+enum class BackwardPath : int32_t {
+  kPasses = 0,        // over dy, over x, and the GEMM of dx
+  kSingleLaunch = 1,  // sm_90a: the GEMM of dx makes of dy what the pass over it does
+};
+
 constexpr int64_t kDecodeMaxTokens = 16;
 constexpr int kDecodeColumns = 32;  // of a CTA of the sm_80 decode kernel
 constexpr int64_t kFusedMaxRank =
     64;  // larger ranks would double the tensor-core work of a 64-column tile
 constexpr int64_t kMaxRank = 256;
+constexpr int kSingleLaunchRows = 128;  // of a tile
 constexpr int64_t kSingleLaunchRowTiles = 2048;
 constexpr int64_t kSingleLaunchStateBytes = 32 * kSingleLaunchRowTiles + 256;
 
@@ -84,6 +91,7 @@ struct SkinnyChoice {
 
 struct LoraLinearPlan {
   ForwardPath forward = ForwardPath::kTwoLaunches;
+  BackwardPath backward = BackwardPath::kPasses;
   int32_t forward_launches = 0, backward_launches = 0;
   DecodeChoice decode;
   GemmChoice gemm, gemm_backward;
@@ -144,23 +152,26 @@ constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const Devic
 constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFacts& device) {
   GemmChoice choice;
   choice.kernel = GemmKernel::kCooperative;
-  choice.block_m = 128;
-  choice.block_n = ceil_div(m, 128) * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
-  choice.tiles = ceil_div(m, 128) * ceil_div(n, choice.block_n);
+  choice.block_m = kSingleLaunchRows;
+  const int64_t rows = ceil_div(m, kSingleLaunchRows);
+  choice.block_n = rows * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
+  choice.tiles = rows * ceil_div(n, choice.block_n);
   choice.ctas = choice.tiles < device.num_sms ? choice.tiles : device.num_sms;
   choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, 1);
   return choice;
 }
 
-// It spares a launch and the second pass over x, about 10 us, but its CTAs share no tiles of b in
-// clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide tiles.
-constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
+// It spares a launch and the second pass over x (or dy), about 10 us, but its CTAs share no tiles
+// of W in clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide
+// tiles. n: columns of y, or of dx.
+constexpr bool fits_single_launch(const LoraLinearShape& p, int64_t n, const DeviceFacts& device) {
   if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
   if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
     return false;
-  const int64_t row_tiles = ceil_div(p.m, 128);
+  if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return false;
+  const int64_t row_tiles = ceil_div(p.m, kSingleLaunchRows);
   return row_tiles <= kSingleLaunchRowTiles &&
-         row_tiles * ceil_div(p.n, 256) <= int64_t{4} * device.num_sms;
+         row_tiles * ceil_div(n, 256) <= int64_t{4} * device.num_sms;
 }
 
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -171,7 +182,8 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
-  return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
+  return fits_single_launch(p, p.n, device) ? ForwardPath::kSingleLaunch
+                                            : ForwardPath::kTwoLaunches;
 }
 
 // How many CTAs split the k of a tile on sm_90. x and W are read at full rate only with megabytes
@@ -229,12 +241,15 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
     plan.gemm = choose_single_launch(p.m, p.n, device);
   else
     plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
-  plan.gemm_backward = choose_gemm(p.m, p.k, p.aligned, device);
+  const bool single = p.dx && fits_single_launch(p, p.k, device);
+  plan.backward = single ? BackwardPath::kSingleLaunch : BackwardPath::kPasses;
+  plan.backward_launches = single ? 2 : 3;
+  plan.gemm_backward =
+      single ? choose_single_launch(p.m, p.k, device) : choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = choose_down(p, device);
   plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
   const int32_t x_rank = rank_tile(p.r, 128);
   plan.x_pass = {x_rank, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, x_rank))};
-  plan.backward_launches = 3;
   return plan;
 }
 

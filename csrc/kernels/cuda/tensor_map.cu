@@ -32,8 +32,10 @@ Status encode_tensor_map(const MatrixTiling& t, CUtensorMap* map) {
   const CUtensorMapDataType type = t.dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUtensorMapSwizzle swizzle = t.box_columns * element_size(t.dtype) == 128
-                                         ? CU_TENSOR_MAP_SWIZZLE_128B
+  const int64_t line = t.box_columns * element_size(t.dtype);
+  const CUtensorMapSwizzle swizzle = line == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : line == 32 && t.dtype != DType::kFloat32
+                                         ? CU_TENSOR_MAP_SWIZZLE_32B
                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(t.data), sizes, row_bytes, box, steps,

@@ -13,8 +13,9 @@ namespace fused_peft::cuda {
 constexpr int kSwizzledColumns = 64;  // 16-bit elements of a 128-byte swizzled line
 
 // A row-major matrix that is copied in boxes of box_columns x box_rows. Boxes of 128-byte rows lie
-// in shared memory at a multiple of 1024 bytes, 128-byte swizzled; others are dense. What a box has
-// beyond the matrix is zero, and is not written back.
+// in shared memory at a multiple of 1024 bytes, 128-byte swizzled, boxes of 32-byte rows of 16-bit
+// elements at a multiple of 256, 32-byte swizzled; others are dense. What a box has beyond the
+// matrix is zero, and is not written back.
 struct MatrixTiling {
   const void* data = nullptr;  // 16-byte aligned
   int64_t rows = 0, columns = 0;

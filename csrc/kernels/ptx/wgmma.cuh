@@ -26,14 +26,16 @@ __device__ inline void wgmma_hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Matrix descriptor of an operand in 128-byte swizzled lines. k major: lines are rows of 64 k,
-// stride_bytes from 8 rows to the next 8, leading_bytes is not used. Otherwise lines are 64
-// rows' elements of one k, stride_bytes from 8 k to the next 8, leading_bytes from 64 rows to the
-// next 64.
+// Matrix descriptor of an operand in swizzled lines of kLine bytes. k major: lines are rows of 64 k
+// (of 128 bytes), stride_bytes from 8 rows to the next 8, leading_bytes is not used. Otherwise
+// lines are kLine / 2 rows' elements of one k, stride_bytes from 8 k to the next 8, leading_bytes
+// from a line's rows to the next.
+template <int kLine = 128>
 __device__ inline uint64_t swizzled_descriptor(uint32_t shared, uint32_t leading_bytes,
                                                uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | uint64_t{stride_bytes >> 4} << 32 | uint64_t{leading_bytes >> 4} << 16 |
+  static_assert(kLine == 32 || kLine == 128);
+  constexpr uint64_t kSwizzle = uint64_t{kLine == 128 ? 1 : 3} << 62;
+  return kSwizzle | uint64_t{stride_bytes >> 4} << 32 | uint64_t{leading_bytes >> 4} << 16 |
          uint64_t{(shared & 0x3ffff) >> 4};
 }
 

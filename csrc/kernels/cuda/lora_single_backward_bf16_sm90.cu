@@ -1,0 +1,7 @@
+#include "kernels/cuda/lora_single_sm90.inl"
+
+namespace fused_peft::cuda {
+template Status launch_single_backward<__nv_bfloat16>(const LoraLinearBackward&, const TermsOut&,
+                                                      float*, const GemmChoice&,
+                                                      const LaunchContext&);
+}

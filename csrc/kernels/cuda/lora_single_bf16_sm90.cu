@@ -1,6 +1,0 @@
-#include "kernels/cuda/lora_single_sm90.inl"
-
-namespace fused_peft::cuda {
-template Status launch_single<__nv_bfloat16>(const LoraLinearForward&, const GemmChoice&,
-                                             const LaunchContext&);
-}
