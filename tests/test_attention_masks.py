@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_peft import PrefixAttention, PrefixMultiheadAttention
+from fused_peft import PrefixAttention, PrefixMultiheadAttention, use_fused_attention
 from fused_peft.nn.plain_attention import plain_attention
 
 Q = torch.randn(1, 2, 5, 4)
@@ -71,3 +71,17 @@ def test_keys_of_another_batch(need_weights: bool) -> None:
     x = torch.randn(2, 5, 8)
     refused(lambda: mha(x, x[:1], x, need_weights=need_weights), r"k has shape \(1, 2, 5, 4\)")
     refused(lambda: mha(x, x, x[:, :3], need_weights=need_weights), r"v has shape \(2, 2, 3, 4\)")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_transformers_model_is_given_integers_in_4_dimensions(dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers")
+    from prefix_models import model, tokens
+
+    built: Any = model("llama")
+    use_fused_attention(built)
+    mask = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
+    expected = built(tokens()).logits
+    torch.testing.assert_close(built(tokens(), attention_mask=mask).logits, expected)
+    message = f"mask is {dtype}; expected bool or floating point"
+    refused(lambda: built(tokens(), attention_mask=mask.to(dtype)), message)

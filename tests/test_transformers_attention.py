@@ -17,6 +17,7 @@ from transformers import StaticCache
 import fused_peft
 from fused_peft import ops
 from fused_peft.integrations import transformers as integration
+from fused_peft.integrations._compact_mask import ReadMask, compact_mask
 from fused_peft.nn.plain_attention import plain_attention
 
 integration.register()
@@ -222,7 +223,7 @@ def seen(compact: Tensor | None, queries: int, keys: int, window: int | None = N
     module = nn.Module()
     module.is_causal = True
     module.config = type("Config", (), {"sliding_window": window})()
-    taken = integration._Mask(module, compact, None, keys)
+    taken = ReadMask(module, compact, None, keys)
     full = taken.expand(torch.zeros(3, 1, queries, 2), 0, keys)
     if full is None:
         return torch.ones(3, queries, keys, dtype=torch.bool)
@@ -272,7 +273,7 @@ def test_a_compact_mask_says_what_transformers_mask_says(
         "config": config,
         "local_size": 3 if what == "window" else None,
     }
-    got = integration.compact_mask(**arguments)
+    got = compact_mask(**arguments)
     expected = masking_utils.sdpa_mask(
         **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
     )[:, 0]
@@ -293,7 +294,7 @@ def test_a_window_that_does_not_bite_and_a_key_mask_without_padding_cost_nothing
     from transformers import masking_utils
 
     config = type("Config", (), {"sliding_window": 9})()
-    got = integration.compact_mask(
+    got = compact_mask(
         3,
         9,
         9,
@@ -311,7 +312,7 @@ def test_chunks_as_long_as_the_window_are_no_window() -> None:
     config = type("Config", (), {"sliding_window": 3})()
     chunks = masking_utils.chunked_causal_mask_function(3, torch.zeros(3, dtype=torch.int64))
     arguments: dict[str, Any] = {"mask_function": chunks, "local_size": 3}
-    got = integration.compact_mask(3, 9, 9, config=config, **arguments)
+    got = compact_mask(3, 9, 9, config=config, **arguments)
     expected = masking_utils.sdpa_mask(3, 9, 9, allow_is_causal_skip=False, **arguments)
     assert torch.equal(got, expected)
 

@@ -142,7 +142,8 @@ def _blank(
     except (TypeError, ValueError) as error:
         raise saved.misfit(model, error) from error
     assert isinstance(adapter, (PrefixEncoder, PromptEmbedding))
-    expected = {PROMPT_KEY: torch.empty(_prompt_shape(resolved), device="meta")}
+    dtype = next(adapter.parameters()).dtype
+    expected = {PROMPT_KEY: torch.empty(_prompt_shape(resolved), dtype=dtype, device="meta")}
     for path, module in wrapped.items():
         state = original_module(module).state_dict()
         expected.update({f"{_PREFIX}{plain(path)}.{plain(k)}": v for k, v in state.items()})

@@ -188,12 +188,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
         or not _takes_one_argument(module)
     ):
         return False
-    generator = torch.Generator().manual_seed(0)
+    draw = _Draw()
     width = weight.shape[0]
     # Rows in which eps counts for nothing, for some and for nearly all.
-    scales = torch.tensor([1.0, eps**0.5, 0.1 * eps**0.5, 30.0])[:, None]
-    x = torch.randn(2, 4, width, generator=generator, device="cpu") * scales
-    probed = torch.randn(width, generator=generator, device="cpu")
+    x = draw(2, 4, width) * _column(1.0, eps**0.5, 0.1 * eps**0.5, 30.0)
+    probed = draw(width)
     expected = probed.double() * x.double() * (x.double().square().mean(-1, True) + eps).rsqrt()
     trial = copy.copy(module)
     trial.__dict__["_parameters"] = {"weight": nn.Parameter(probed, requires_grad=False)}
@@ -216,22 +215,34 @@ def _is_gated_mlp(module: nn.Module) -> bool:
         or not _takes_one_argument(module)
     ):
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 5, generator=generator, device="cpu")
-    x = x * torch.tensor([0.1, 1.0, 5.0, 30.0])[:, None]  # to see limits, too
+    draw = _Draw()
+    x = draw(2, 4, 5) * _column(0.1, 1.0, 5.0, 30.0)  # to see limits, too
     trial = copy.copy(module)
     parts: dict[str, nn.Module] = {"act_fn": act}
     for name, (inside, outside) in {"gate": (5, 7), "up": (5, 7), "down": (7, 5)}.items():
         part = nn.Linear(inside, outside, device="meta")
         for kind, shape in (("weight", (outside, inside)), ("bias", (outside,))):
-            values = torch.randn(shape, generator=generator, device="cpu")
-            setattr(part, kind, nn.Parameter(values, requires_grad=False))
+            setattr(part, kind, nn.Parameter(draw(*shape), requires_grad=False))
         parts[f"{name}_proj"] = part
     trial.__dict__["_modules"] = parts
     gate, up, down = (copy.deepcopy(parts[f"{name}_proj"]) for name in ("gate", "up", "down"))
     wide = x.double()
     expected = down.double()(F.silu(gate.double()(wide)) * up.double()(wide))
     return _gives(trial, x, expected)
+
+
+class _Draw:
+    """Random float32 tensors on the CPU, whatever torch's defaults are; the same at every trial."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+
+
+def _column(*scales: float) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32, device="cpu")[:, None]
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

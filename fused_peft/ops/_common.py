@@ -19,8 +19,11 @@ except ImportError as error:
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK: int = _C.max_rank
 
-if "FUSED_PEFT_CPU_ISA" in os.environ:
-    _C.set_cpu_isa(os.environ["FUSED_PEFT_CPU_ISA"])
+if _isa := os.environ.get("FUSED_PEFT_CPU_ISA"):
+    try:
+        _C.set_cpu_isa(_isa)
+    except ValueError as error:
+        raise ValueError(f"FUSED_PEFT_CPU_ISA: {error}") from None
 
 
 def new_seed(device: torch.device | str = "cpu") -> Tensor:

@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         environment = {
             **os.environ,
             "LD_PRELOAD": str(library),
-            "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "LD_LIBRARY_PATH": ":".join(filter(None, (folder, os.environ.get("LD_LIBRARY_PATH")))),
             "FUSED_PEFT_SIMULATOR_DEVICE": args.device,
             "FUSED_PEFT_SIMULATOR_SEED": str(args.seed),
             "FUSED_PEFT_SIMULATOR_CHECKS": args.checks,
@@ -66,7 +66,11 @@ def _run(args: argparse.Namespace) -> int:
         if args.dump:
             args.dump.mkdir(parents=True, exist_ok=True)
             environment["FUSED_PEFT_SIMULATOR_DUMP"] = str(args.dump)
-        code = subprocess.run([args.program, *args.arguments], env=environment).returncode
+        try:
+            code = subprocess.run([args.program, *args.arguments], env=environment).returncode
+        except OSError as error:
+            print(f"error: program {args.program}: {error.strerror}", file=sys.stderr)
+            return 2
         if not report.exists():
             print(
                 "simulator: the program wrote no report: it did not end by exit or return",

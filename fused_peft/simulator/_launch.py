@@ -10,7 +10,7 @@ import numpy as np
 
 from fused_peft.simulator._library import SimulatorError, call, message, text_of
 
-Dim = int | Sequence[int]
+Dim = int | np.integer[Any] | Sequence[int] | np.ndarray[Any, Any]
 
 
 class Module:
@@ -138,8 +138,9 @@ def launch(
 
 
 def _dim(dim: Dim) -> tuple[int, int, int]:
-    extents = (dim,) if isinstance(dim, int) else tuple(dim)
-    if not 1 <= len(extents) <= 3 or any(e < 0 for e in extents):
+    given = tuple(dim) if isinstance(dim, (Sequence, np.ndarray)) else (dim,)
+    extents = [int(e) for e in given if isinstance(e, (int, np.integer)) and e >= 0]
+    if not 1 <= len(given) <= 3 or len(extents) < len(given):
         raise ValueError(f"grid, block, cluster: expected one to three numbers >= 0, got {dim!r}")
     return (*extents, 1, 1)[:3]  # type: ignore[return-value]
 
@@ -157,9 +158,15 @@ def _argument(value: object, name: str, size: int) -> tuple[np.ndarray[Any, Any]
     elif isinstance(value, np.generic):
         data = np.array([value])
     elif isinstance(value, float):
-        data = np.array([value], {2: np.float16, 4: np.float32, 8: np.float64}[size])
+        dtype = {2: np.float16, 4: np.float32, 8: np.float64}.get(size)
+        if dtype is None:
+            raise TypeError(f"args: {name} has {size} bytes, a float 2, 4 or 8")
+        data = np.array([value], dtype)
     elif isinstance(value, int):
-        data = np.frombuffer(value.to_bytes(size, "little", signed=value < 0), np.uint8).copy()
+        try:
+            data = np.frombuffer(value.to_bytes(size, "little", signed=value < 0), np.uint8).copy()
+        except OverflowError:
+            raise ValueError(f"args: {name} has {size} bytes, too few for {value}") from None
     else:
         raise TypeError(
             f"args: {name} is {type(value).__name__}; an array, number or bytes it must be"
