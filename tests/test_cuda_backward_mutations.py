@@ -7,10 +7,10 @@ from cuda_faults import Fault, assert_seen, backward_check, build, needs_build_f
 
 pytestmark = needs_build_folder
 
-X_PASS, RING, NARROW = "lora_x_pass_sm90.cuh", "skinny_sm90.cuh", "narrow_sm90.cuh"
-REDUCE = "lora_backward_sm80.cuh"
+X_PASS, DY_PASS = "lora_x_pass_sm90.cuh", "lora_dy_pass_sm90.cuh"
+RING, NARROW, REDUCE = "skinny_sm90.cuh", "narrow_sm90.cuh", "lora_backward_sm80.cuh"
 FULL_WAIT = "ptx::mbarrier_wait(ring.full(place.stage), place.phase);"
-# What it breaks: (header, text, text instead) ....
+# What it breaks: header, text, text instead, and so on.
 X_FAULTS = {
     "wrong phase bit of a consumer": (
         X_PASS, FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
@@ -41,16 +41,49 @@ X_FAULTS = {
     "a part of dlora_b lost": (REDUCE, "part = 1; part < p.count", "part = 2; part < p.count"),
 }  # fmt: skip
 
-# Rings that go round, clusters of two and more, tails in every direction, both kinds of factors.
-CHECK = backward_check(
+DY_FAULTS = {
+    "wrong phase bit of a consumer": (
+        DY_PASS, FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
+    "a stage filled before it is free": (
+        DY_PASS, "ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);\n", ""),
+    "a stage freed before it is read": (
+        DY_PASS, "    ring.release(place.stage, warp.lane);\n", "",
+        FULL_WAIT, FULL_WAIT + "ring.release(place.stage, warp.lane);"),
+    "s read before it is there": (DY_PASS, "ptx::barrier_sync(1, kConsumerThreads);", ""),
+    "s of rows beyond M": (DY_PASS, "if (row0 + row < p.m) {", "if (row < p.m) {"),
+    "sums written into a ring in use": (
+        DY_PASS, "  __syncthreads();  // with the producer: the ring is free\n", "",
+        "    __syncwarp();\n    __syncthreads();\n  }\n", "    __syncwarp();\n  }\n"),
+    "no cluster barrier before peers are read": (
+        RING, "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),
+    "exit before a peer has read": (
+        RING, "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
+    "columns beyond N written": (
+        DY_PASS, "const bool both = n + 8 < p.n;", "const bool both = true;"),
+    "every tile's dlora_b in one place": (
+        DY_PASS, "static_cast<int64_t>(tile) * p.n * p.r", "0"),
+    "rows beyond M written": (RING, "out.first + row >= out.rows || ", ""),
+}  # fmt: skip
+
+# 15 blocks are two CTAs', more than a ring holds; tails in every direction; both kinds of factors.
+OPTIONS = "max_sms=8, hang_budget=300_000"
+X_CHECK = backward_check(
     """[
-    ((1300, 72, 72, 24), 0.3, "late", "bfloat16"),
-    ((2100, 136, 136, 8), 0.0, "early", "bfloat16"),
+    ((904, 72, 72, 24), 0.3, "late", "bfloat16"),
+    ((2100, 72, 136, 8), 0.0, "early", "bfloat16"),
     ((700, 72, 72, 40), 0.3, "random", "float32"),
-    ((1300, 72, 72, 16), 0.3, "random", "bfloat16"),
 ]""",
-    "max_sms=8, hang_budget=300_000",
+    OPTIONS,
 )
+DY_CHECK = backward_check(
+    """[
+    ((130, 904, 72, 24), 0.0, "late", "bfloat16"),
+    ((2100, 520, 72, 16), 0.0, "early", "bfloat16"),
+    ((70, 904, 72, 40), 0.0, "random", "float32"),
+]""",
+    OPTIONS,
+)
+SOURCES = {X_PASS: "lora_x_pass_bf16_sm90.cu", DY_PASS: "lora_dy_pass_bf16_sm90.cu"}
 
 
 def build_changed(folder, source, faults=()):
@@ -59,13 +92,19 @@ def build_changed(folder, source, faults=()):
     return build(folder, source, *changes)
 
 
-@pytest.mark.parametrize("source", ["lora_x_pass_bf16_sm90.cu"])
-def test_kernels_as_they_are_pass(source, tmp_path):
-    done = run_check(build_changed(tmp_path, source), CHECK)
+@pytest.mark.parametrize(("kernel", "check"), [(X_PASS, X_CHECK), (DY_PASS, DY_CHECK)])
+def test_kernels_as_they_are_pass(kernel, check, tmp_path):
+    done = run_check(build_changed(tmp_path, SOURCES[kernel]), check)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("fault", X_FAULTS)
 def test_fault_of_the_x_pass_is_seen(fault, tmp_path):
-    library = build_changed(tmp_path, "lora_x_pass_bf16_sm90.cu", X_FAULTS[fault])
-    assert_seen(run_check(library, CHECK))
+    library = build_changed(tmp_path, SOURCES[X_PASS], X_FAULTS[fault])
+    assert_seen(run_check(library, X_CHECK))
+
+
+@pytest.mark.parametrize("fault", DY_FAULTS)
+def test_fault_of_the_dy_pass_is_seen(fault, tmp_path):
+    library = build_changed(tmp_path, SOURCES[DY_PASS], DY_FAULTS[fault])
+    assert_seen(run_check(library, DY_CHECK))

@@ -43,10 +43,28 @@ def test_cluster_of_the_x_pass(shape, cluster):
     assert plan["rank_blocks"] == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows", "cluster"),
+    [
+        ((8192, 4096, 4096, 16), 128, 4),
+        # Tiles of half the rows where clusters of eight would not fill the device.
+        ((512, 4096, 1024, 16), 64, 8),
+        # At least four blocks of 64 columns a CTA.
+        ((512, 1024, 1024, 64), 64, 4),
+        ((4096, 64, 1024, 64), 128, 1),
+    ],
+)
+def test_tile_and_cluster_of_the_dy_pass(shape, rows, cluster):
+    plan = _C.lora_linear_plan(*shape, **H100)[DY]
+    assert plan["row_blocks"] == rows // 16
+    assert plan["cluster"] == cluster
+    assert plan["ctas"] == -(-shape[0] // rows) * cluster
+
+
 @pytest.mark.parametrize(("device", "cluster"), [(H100, 4), (B200, 4), (A100, 0), (RTX5090, 0)])
-def test_x_pass_of_devices(device, cluster):
+def test_passes_of_devices(device, cluster):
     plan = _C.lora_linear_plan(8192, 4096, 4096, 16, **device)
-    assert plan[X]["cluster"] == cluster
+    assert plan[X]["cluster"] == plan[DY]["cluster"] == cluster
 
 
 @pytest.mark.parametrize(
@@ -62,7 +80,7 @@ def test_x_pass_of_devices(device, cluster):
 )
 def test_what_keeps_the_sm80_kernel(r, options, sm90):
     plan = _C.lora_linear_plan(512, 4096, 4096, r, **options, **H100)
-    assert (plan[X]["cluster"] > 0) == sm90
+    assert (plan[X]["cluster"] > 0) == (plan[DY]["cluster"] > 0) == sm90
 
 
 # ---- counts
@@ -86,7 +104,7 @@ def backward(t, p=0.0, s=None, wanted=(True, True, True)):
 def counted(shape, factor=torch.bfloat16, p=0.0, device="h100"):
     t = make(*shape, torch.bfloat16, factor)
     with simulator.use_device(device), forced(SIMULATED_CUDA):
-        return backward(t, p)[1]
+        return backward(t, p, wanted=(False, True, True))[1]
 
 
 BOTH = pytest.mark.parametrize("factor", [torch.bfloat16, torch.float32], ids=str)
@@ -111,11 +129,30 @@ def test_x_pass_reads_x_once_and_ds_once_a_tile(r, factor):
 
 
 @BOTH
+@pytest.mark.parametrize("shape", [(512, 1024, 256, 16), (2176, 512, 72, 64)], ids=str)
+def test_dy_pass_reads_dy_once_and_lora_b_once_a_tile(shape, factor):
+    """Tiles of 64 and, in 16 bits, of 128 rows."""
+    m, n, _, r = shape
+    launch = counted(shape, factor)[DY]
+    assert "dy_pass_sm90_kernel" in launch.kernel
+    plan = _C.lora_linear_plan(*shape, factor_float=factor == torch.float32, **H100)[DY]
+    size, tiles = factor.itemsize, plan["ctas"] // plan["cluster"]
+    boxes = 1 + -(-r * size // 128)
+    descriptors = tiles * (n // BLOCK) * boxes * 128
+    s = 4 * m * r * plan["cluster"]
+    assert launch.global_load_bytes == 2 * m * n + size * r * n * tiles + s + descriptors
+    # ds as the GEMM's operand, and in float32 as it is.
+    ds = 2 * m * r if size == 2 else (3 * 2 + 4) * m * r
+    assert launch.global_store_bytes == 4 * n * r * tiles + ds
+    assert launch.tensor_flop == 2 * 2 * m * n * r * (1 if size == 2 else 3)
+
+
+@BOTH
 @pytest.mark.parametrize("shape", [(512, 512, 1024, 16), (512, 512, 1024, 64), (200, 144, 272, 32)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_no_conflicts_and_no_more_bytes_than_sm80(shape, factor, p):
     ours, before = counted(shape, factor, p), counted(shape, factor, p, "a100")
-    for name in (X,):
+    for name in (DY, X):
         assert f"{name}_sm90_kernel" in ours[name].kernel
         assert f"{name}_kernel" in before[name].kernel
         assert ours[name].bank_conflicts == 0, ours[name].conflicts
@@ -146,23 +183,28 @@ def test_drawn_problems_have_no_findings(m, n, k, r, half, factor_float, p, seed
         assert_no_worse_than_torch(t, scaling=0.7, dropout_p=p, seed=torch.tensor(seed))
         kernels = [c.kernel for c in simulator.counters()]
         assert any("x_pass_sm90" in kernel for kernel in kernels) == (r <= 64)
+        whole = r <= 64 and r % (4 if factor_float else 8) == 0
+        assert any("dy_pass_sm90" in kernel for kernel in kernels) == whole
 
 
-def odd_rows(t):
-    """The same values, x in rows that no tensor copy can address."""
-    m, k = t["x"].shape
-    wide = torch.empty(m, k + 1, dtype=t["x"].dtype)
-    wide[:, :k] = t["x"]
-    return t | {"x": wide[:, :k]}
+def odd_rows(t, name):
+    """The same values, of one operand in rows that no tensor copy can address."""
+    rows, columns = t[name].shape
+    wide = torch.empty(rows, columns + 1, dtype=t[name].dtype)
+    wide[:, :columns] = t[name]
+    return t | {name: wide[:, :columns]}
 
 
-def test_rows_that_no_tensor_copy_addresses_take_the_sm80_kernel():
+@pytest.mark.parametrize("name", ["x", "dy", "lora_b"])
+def test_rows_that_no_tensor_copy_addresses_take_the_sm80_kernel(name):
     t = make(200, 136, 264, 24, torch.bfloat16, torch.float32)
     with forced(SIMULATED_CUDA):
         expected, launches = backward(t)
         assert "x_pass_sm90" in launches[X].kernel
-        gradients, launches = backward(odd_rows(t))
-        assert "x_pass_sm90" not in launches[X].kernel
+        assert "dy_pass_sm90" in launches[DY].kernel
+        gradients, launches = backward(odd_rows(t, name))
+        assert ("x_pass_sm90" in launches[X].kernel) == (name == "lora_b")
+        assert "dy_pass_sm90" not in launches[DY].kernel
     for ours, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, other)
 

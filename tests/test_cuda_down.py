@@ -116,18 +116,20 @@ def test_bits_do_not_depend_on_the_schedule(shape, p):
 
 # ---- faults
 
-HEADER = "lora_down_sm90.cuh"
-FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
+DOWN, RING = "lora_down_sm90.cuh", "skinny_sm90.cuh"
+FULL_WAIT = "ptx::mbarrier_wait(ring.full(place.stage), place.phase);"
 FAULTS = {
-    "wrong phase bit": (FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
-    "a stage filled before it is free": ("ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);", ""),
-    "dropout counters of another tile": ("mask.apply(stage, row0 * p.k + ", "mask.apply(stage, "),
-    "half of the warps' sums lost": ("sums[at] += sums[Tile::kHalf + at];", ""),
+    "wrong phase bit": (DOWN, FULL_WAIT, FULL_WAIT.replace("place.phase", "place.phase ^ 1")),
+    "a stage filled before it is free": (
+        DOWN, "ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);", ""),
+    "dropout counters of another tile": (
+        DOWN, "mask.apply(stage, row0 * p.k + ", "mask.apply(stage, "),
+    "half of the warps' sums lost": (DOWN, "add_quads(*at, at[Tile::kHalf / 4])", "*at"),
     "no cluster barrier before peers are read": (
-        "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),
+        RING, "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),
     "exit before a peer has read": (
-        "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
-    "rows beyond M written": ("if (m >= p.x.rows) continue;", ""),
+        RING, "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
+    "rows beyond M written": (RING, "out.first + row >= out.rows || ", ""),
 }  # fmt: skip
 
 CHECK = forward_check(
@@ -140,7 +142,7 @@ CHECK = forward_check(
 
 
 def build_changed(folder, *change):
-    faults = [Fault(HEADER, *change)] if change else []
+    faults = [Fault(*change)] if change else []
     return build(folder, "lora_down_bf16_sm90.cu", *faults)
 
 

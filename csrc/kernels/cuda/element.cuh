@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/ptx/mma.cuh"
+#include "kernels/ptx/store.cuh"
 
 namespace fused_peft::cuda {
 
@@ -56,12 +57,12 @@ __device__ inline float4 add_quads(float4 a, float4 b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
-// Four consecutive elements at a multiple of their size.
-__device__ inline void store_quad(float* to, float4 v) { *reinterpret_cast<float4*>(to) = v; }
+// Four consecutive elements of global memory, at a multiple of their size.
+__device__ inline void store_quad(float* to, float4 v) { ptx::store_global_v4(to, v); }
 template <class Element>
 __device__ inline void store_quad(Element* to, float4 v) {
   using Traits = ElementTraits<Element>;
-  *reinterpret_cast<uint2*>(to) = {Traits::pack(v.x, v.y), Traits::pack(v.z, v.w)};
+  ptx::store_global_v2(to, Traits::pack(v.x, v.y), Traits::pack(v.z, v.w));
 }
 
 // The tensor-core value nearest to v, as the bits of a float.

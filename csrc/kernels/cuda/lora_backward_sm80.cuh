@@ -102,13 +102,14 @@ struct DyPassParams {
   int64_t lora_b_stride = 0;
   bool lora_b_aligned = false;
   const float* s = nullptr;  // [M, R], from the forward pass; null: dlora_b is not wanted
-  double scaling = 0.0;      // 1 / (1 - p) included
-  float* ds = nullptr;       // [M, R] rows of ds_stride; null: not needed in float32
+  bool s_aligned = false;
+  double scaling = 0.0;  // 1 / (1 - p) included
+  float* ds = nullptr;   // [M, R] rows of ds_stride; null: not needed in float32
   int64_t ds_stride = 0;
   TermsOut terms;  // ds as the GEMM's operand, and (segment 0) as the x pass's
   bool want_ds = true;
   float* dlora_b_parts =
-      nullptr;      // [CTAs, N, R], or the result itself where there is one CTA and it is float32
+      nullptr;      // [tiles, N, R], or the result itself where there is one tile and it is float32
   FactorCopy copy;  // of lora_a, for the GEMM
   int row_blocks = 0;
 };

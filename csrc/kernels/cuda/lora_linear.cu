@@ -237,8 +237,8 @@ struct BackwardJob {
   bool want_ds = false;
   TermsOut terms;
   float* ds = nullptr;
-  float* parts = nullptr;  // of dlora_b
-  int64_t part_count = 0;
+  float* parts = nullptr;  // [count, N, R]
+  int64_t count = 0;
   bool direct = false;  // the dy pass writes dlora_b itself
   FactorOperand factor;
 };
@@ -255,10 +255,10 @@ BackwardJob plan_backward(const LoraLinearBackward& args, const LoraLinearPlan& 
   }
   const bool single = plan.backward == BackwardPath::kSingleLaunch;
   if (args.dlora_b) {
-    job.part_count = single ? ceil_div(p.m, kSingleLaunchRows) : plan.dy_pass.ctas;
-    job.direct = job.part_count == 1 && factor_float(p);
+    job.count = single ? ceil_div(p.m, kSingleLaunchRows) : dy_row_tiles(p.m, plan.dy_pass);
+    job.direct = job.count == 1 && factor_float(p);
     job.parts = job.direct ? static_cast<float*>(args.dlora_b)
-                           : static_cast<float*>(workspace->take(job.part_count * p.n * p.r * 4));
+                           : static_cast<float*>(workspace->take(job.count * p.n * p.r * 4));
   }
   if (args.dx && !single)
     job.factor = factor_operand(p, p.lora_a, p.k, true, !weight_k_major(p), workspace);
@@ -280,6 +280,7 @@ Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   params.lora_b_stride = p.lora_b.row_stride;
   params.lora_b_aligned = rows_of(p.lora_b, p.n, p.r).aligned;
   params.s = args.dlora_b ? args.s : nullptr;
+  params.s_aligned = aligned16_float(args.s, p.r, p.r);
   params.scaling = scaling_of(p);
   params.ds = job.ds;
   params.ds_stride = float_ds_stride(p);
@@ -288,8 +289,10 @@ Status dy_pass(const LoraLinearBackward& args, const LoraLinearPlan& plan, const
   params.dlora_b_parts = job.parts;
   params.copy = job.factor.copy;
   params.row_blocks = static_cast<int>(plan.dy_pass.ctas);
-  return launch_dy_pass<Element, Factor>(plan.dy_pass, params, copy_ctas(params.copy, 128),
-                                         context);
+  const int64_t extra = copy_ctas(params.copy, 128);
+  return plan.dy_pass.cluster > 0
+             ? launch_dy_pass_sm90<Element, Factor>(plan.dy_pass, params, p.x.dtype, extra, context)
+             : launch_dy_pass<Element, Factor>(plan.dy_pass, params, extra, context);
 }
 
 template <class Element, class Factor>
@@ -359,7 +362,7 @@ Status backward(const LoraLinearBackward& args, const LoraLinearPlan& plan,
     status = dy_pass<Element, Factor>(args, plan, job, context);
   ReduceParams reduce;
   if (args.dlora_b && !job.direct)
-    reduce = {job.parts, job.part_count, p.n * p.r, args.dlora_b, factor_float(p)};
+    reduce = {job.parts, job.count, p.n * p.r, args.dlora_b, factor_float(p)};
   if (status == Status::kOk && args.dlora_a)
     status = dlora_a_pass<Element, Factor>(args, plan, job, reduce, context);
   else if (status == Status::kOk && reduce.parts)

@@ -225,24 +225,37 @@ constexpr SkinnyChoice choose_down(const LoraLinearShape& p, const DeviceFacts& 
   return choice;
 }
 
-// Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
-// few CTAs to fill half the device.
-constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
-                                      const DeviceFacts& device) {
-  const int32_t tile = rank_tile(r, 256);
-  int32_t blocks = tile == 16 ? 4 : tile == 64 ? (factor_float ? 2 : 4) : 1;
-  if (tile == 16 && 2 * ceil_div(m, 64) < device.num_sms) blocks = 1;
-  return {tile, blocks, ceil_div(m, 16 * blocks), 1};
+// Blocks of 64 rows or columns for a CTA of the sm_90 backward passes: swapping the sums of a
+// cluster costs as much as reading one.
+constexpr int64_t kLeastPassBlocks = 4;
+
+constexpr int64_t dy_row_tiles(int64_t m, const SkinnyChoice& dy_pass) {
+  return ceil_div(m, 16 * dy_pass.row_blocks);
 }
 
-// Blocks of 64 rows for a CTA of the backward passes: what it has under way at once. Swapping the
-// sums of a cluster costs more than reading one block.
-constexpr int64_t kLeastPassBlocks = 4;
+// Rows of dy per tile: many, since each tile writes a partial dlora_b; few where there would be too
+// few CTAs to fill half the device, or where float32 factors take the shared memory and registers.
+constexpr SkinnyChoice choose_dy_pass(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int32_t rank = rank_tile(p.r, 256);
+  if (rank <= 64 && has_skinny_sm90(p, device) && p.lora_b_aligned && p.m <= kLargestTensorRow) {
+    SkinnyChoice choice = {rank};
+    const bool few = kMaxCluster * ceil_div(p.m, 128) < device.num_sms;
+    choice.row_blocks = few || p.factor_float ? 4 : 8;
+    const int64_t tiles = dy_row_tiles(p.m, choice);
+    choice.cluster = choose_cluster(tiles, p.n, device, kLeastPassBlocks);
+    choice.ctas = tiles * choice.cluster;
+    return choice;
+  }
+  int32_t blocks = rank == 16 ? 4 : rank == 64 ? (p.factor_float ? 2 : 4) : 1;
+  if (rank == 16 && 2 * ceil_div(p.m, 64) < device.num_sms) blocks = 1;
+  return {rank, blocks, ceil_div(p.m, 16 * blocks), 1};
+}
 
 constexpr SkinnyChoice choose_x_pass(const LoraLinearShape& p, const DeviceFacts& device) {
   const int32_t tile = rank_tile(p.r, 128);
   SkinnyChoice choice = {tile, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, tile))};
-  // 64 columns by 128 ranks would be 256 accumulators a thread.
+  // 128 ranks would be 128 accumulators a thread, for which two CTAs an SM have no registers; read
+  // twice, x would be more bytes than the sm_80 kernel's.
   if (tile > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
   const int64_t tiles = ceil_div(p.k, kSkinnyBlockK);
   choice.cluster = choose_cluster(tiles, p.m, device, kLeastPassBlocks);
@@ -265,7 +278,7 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
   plan.gemm_backward =
       single ? choose_single_launch(p.m, p.k, device) : choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = choose_down(p, device);
-  plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
+  plan.dy_pass = choose_dy_pass(p, device);
   plan.x_pass = choose_x_pass(p, device);
   return plan;
 }

@@ -92,7 +92,7 @@ __device__ inline void multiply_rows_transposed(const XPassParams& p,
       for (int i = 0; i < kFragments; ++i)
         ptx::ldmatrix_x4_trans(
             a[i], ((ring.stage(place.stage) + x_tile) ^ (i * 32)) + k * (Tile::kColumns * 2));
-      multiply_narrow_stage<Element, Factor, kRank>(acc, a, stage + Tile::kNarrowOffset, row + k,
+      multiply_narrow_stage<Element, Factor, kRank>(acc, a, stage + Tile::kNarrowOffset, row + k, 0,
                                                     p.r, lane);
     }
     if (p.dropout.seed) ptx::fence_proxy_async_shared();  // TMA writes next what the mask wrote

@@ -29,21 +29,23 @@ struct NarrowStage {
 
 #if __CUDA_ARCH__ >= 900
 
-// acc[i][j] += a[i] (16 x 16 fragments, one below the other) times rows k .. k + 15, columns 8 j ..
-// of such a matrix.
-template <class Element, class Factor, int kRank, int kFragments>
-__device__ inline void multiply_narrow_stage(float (&acc)[kFragments][kRank / 8][4],
+// acc[i][j] += a[i] (16 x 16 fragments, one below the other) times rows k .. k + 15, columns
+// first + 8 j .. of such a matrix.
+template <class Element, class Factor, int kRank, int kFragments, int kBlocks>
+__device__ inline void multiply_narrow_stage(float (&acc)[kFragments][kBlocks][4],
                                              const uint32_t (&a)[kFragments][4],
-                                             const unsigned char* tile, int k, int r, int lane) {
+                                             const unsigned char* tile, int k, int first, int r,
+                                             int lane) {
   // 16 or 8 further columns are 32 further bytes in a row of 128, whose chunks the swizzle permutes
   // by an exclusive or: so do these.
   if constexpr (sizeof(Factor) == 2) {
-    const uint32_t first = ptx::shared_address(tile) + b_fragment_trans<64>(0, k, lane);
+    const uint32_t rows = ptx::shared_address(tile) + b_fragment_trans<64>(0, k, lane);
 #pragma unroll
-    for (int pair = 0; pair < kRank / 16; ++pair) {
-      if (pair * 16 >= r) break;
+    for (int pair = 0; pair < kBlocks / 2; ++pair) {
+      const int column = first + pair * 16;
+      if ((pair > 0 || kBlocks * 8 < kRank) && column >= r) break;
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, first ^ (pair * 32));
+      ptx::ldmatrix_x4_trans(b, rows ^ (column * 2));
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
         mma16<Element>(acc[i][2 * pair], a[i], b[0], b[1]);
@@ -51,16 +53,19 @@ __device__ inline void multiply_narrow_stage(float (&acc)[kFragments][kRank / 8]
       }
     }
   } else {
-    const int row = k + lane % 4 * 2, column = lane / 4;
-    const uint32_t even = tile_offset<64>(row, column / 4) + column % 4 * 4;
-    const uint32_t odd = tile_offset<64>(row + 1, column / 4) + column % 4 * 4;
+    using Stage = NarrowStage<Factor, kRank>;
+    const int row = k + lane % 4 * 2;
+    const uint32_t even = tile_offset<64>(row, lane / 16) + lane / 4 % 4 * 4;
+    const uint32_t odd = tile_offset<64>(row + 1, lane / 16) + lane / 4 % 4 * 4;
     constexpr int kEightRows = 8 * 128;  // the swizzle's period
 #pragma unroll
-    for (int j = 0; j < kRank / 8; ++j) {
-      if (j * 8 >= r) break;
-      const unsigned char* panel = tile + j / 4 * NarrowStage<Factor, kRank>::kPanelBytes;
-      const auto* b0 = reinterpret_cast<const float*>(panel + (even ^ (j % 4 * 32)));
-      const auto* b1 = reinterpret_cast<const float*>(panel + (odd ^ (j % 4 * 32)));
+    for (int j = 0; j < kBlocks; ++j) {
+      const int column = first + j * 8;
+      if ((j > 0 || kBlocks * 8 < kRank) && column >= r) break;
+      const unsigned char* panel = tile + column / Stage::kPanelColumns * Stage::kPanelBytes;
+      const int chunks = column % Stage::kPanelColumns * 4;
+      const auto* b0 = reinterpret_cast<const float*>(panel + (even ^ chunks));
+      const auto* b1 = reinterpret_cast<const float*>(panel + (odd ^ chunks));
       const FloatTerms b({b0[0], b1[0]}, {b0[kEightRows / 4], b1[kEightRows / 4]});
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) mma16_float_b<Element>(acc[i][j], a[i], b);

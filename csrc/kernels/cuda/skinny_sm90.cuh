@@ -2,9 +2,9 @@
 // and sums that the CTAs of a cluster, which split k, swap through distributed shared memory.
 #pragma once
 
+#include "kernels/cuda/lora_down_sm80.cuh"
 #include "kernels/cuda/lora_linear_config.h"
 #include "kernels/cuda/ring_sm90.cuh"
-#include "kernels/cuda/skinny_sm80.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mbarrier.cuh"
@@ -15,10 +15,11 @@ namespace fused_peft::cuda {
 static_assert(kSkinnyBlockK == kSwizzledColumns);
 constexpr int kBoxAlignment = 1024;  // of a swizzled box in shared memory
 
-// Shared memory of a ring: its stages, then two barriers each. As many stages as fit, up to
-// `most`.
-constexpr int skinny_stages(int stage_bytes, int most = 8) {
-  const int fit = (kSkinnySharedBytes - kBoxAlignment) / (stage_bytes + 2 * int{sizeof(uint64_t)});
+// Shared memory of a ring: its stages, then two barriers each. As many stages as fit beside `other`
+// bytes, up to `most`.
+constexpr int skinny_stages(int stage_bytes, int most = 8, int other = 0) {
+  const int room = kSkinnySharedBytes - kBoxAlignment - other;
+  const int fit = room / (stage_bytes + 2 * int{sizeof(uint64_t)});
   return fit < most ? fit : most;
 }
 constexpr int skinny_shared_bytes(int stages, int stage_bytes) {
@@ -46,15 +47,15 @@ struct FactorStage {
 
 #if __CUDA_ARCH__ >= 900
 
-// The ring in a CTA's dynamic shared memory.
+// The ring in a CTA's dynamic shared memory, `before` aligned bytes into it.
 template <class Tile>
 struct SkinnyRing {
   unsigned char* memory;
   uint32_t base;
 
-  __device__ explicit SkinnyRing(unsigned char* shared) {
+  __device__ explicit SkinnyRing(unsigned char* shared, int before = 0) {
     const uint32_t unaligned = ptx::shared_address(shared);
-    base = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
+    base = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment + before;
     memory = shared + (base - unaligned);
   }
   __device__ uint32_t stage(uint32_t i) const { return base + i * Tile::kStageBytes; }
@@ -173,6 +174,54 @@ __device__ inline float4 add_ranks(const float4* own) {
   for (uint32_t rank = 1; rank < ranks; ++rank)
     sum = add_quads(sum, ptx::load_cluster_v4(ptx::cluster_address(address, rank)));
   return sum;
+}
+
+// Rows of s or ds that a cluster has summed up, and where they go, scaled.
+struct ClusterRows {
+  int64_t first, rows;  // the cluster's first row, how many there are in all
+  int r;
+  double scaling;
+  float* out;  // [rows, r] rows of out_stride; null: not needed in float32
+  int64_t out_stride;
+  TermsOut terms;
+
+  template <class Element>
+  __device__ void store(int row, int column, float4 v) const {
+    v = {scaled(v.x, scaling), scaled(v.y, scaling), scaled(v.z, scaling), scaled(v.w, scaling)};
+    const int64_t m = first + row;
+    const int valid = r - column;
+    float* const to = out + m * out_stride + column;
+    if (out && out_stride % 4 == 0) {
+      if (valid > 0) store_quad(to, v);
+    } else if (out) {
+      if (valid > 0) to[0] = v.x;
+      if (valid > 1) to[1] = v.y;
+      if (valid > 2) to[2] = v.z;
+      if (valid > 3) to[3] = v.w;
+    }
+    store_terms_quad<Element>(terms, m, r, column, v);
+  }
+};
+
+// This CTA's part of kRows rows of kRank sums, of which each CTA has some at `sums`, in rows of
+// sum_row(kRank) floats: four columns at a time.
+template <class Element, int kRank, int kRows, int kThreads>
+__device__ inline void finish_rows(const float* sums, const ClusterRows& out) {
+  constexpr int kQuads = kRank / 4;
+  const int columns = static_cast<int>(segment_columns(out.r));
+  ptx::cluster_sync();
+  const int rows = kRows / static_cast<int>(ptx::cluster_cta_count());
+  const int first = rows * static_cast<int>(ptx::cluster_cta_rank());
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * kQuads; i += kThreads) {
+    const int row = first + (kRank == 16 ? paired_row(i / kQuads) : i / kQuads);
+    const int column = i % kQuads * 4;
+    if (out.first + row >= out.rows || column >= columns) continue;
+    out.store<Element>(
+        row, column,
+        add_ranks(reinterpret_cast<const float4*>(sums + row * sum_row(kRank) + column)));
+  }
+  ptx::cluster_sync();  // until no CTA reads this one's memory any more
 }
 
 #endif
