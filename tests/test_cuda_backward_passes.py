@@ -49,8 +49,9 @@ def test_cluster_of_the_x_pass(shape, cluster):
         ((8192, 4096, 4096, 16), 128, 4),
         # Tiles of half the rows where clusters of eight would not fill the device.
         ((512, 4096, 1024, 16), 64, 8),
-        # At least four blocks of 64 columns a CTA.
-        ((512, 1024, 1024, 64), 64, 4),
+        # At least four blocks of 64 columns a CTA, eight where s has 64.
+        ((512, 1024, 1024, 16), 64, 4),
+        ((512, 1024, 1024, 64), 64, 2),
         ((4096, 64, 1024, 64), 128, 1),
     ],
 )

@@ -242,7 +242,9 @@ constexpr SkinnyChoice choose_dy_pass(const LoraLinearShape& p, const DeviceFact
     const bool few = kMaxCluster * ceil_div(p.m, 128) < device.num_sms;
     choice.row_blocks = few || p.factor_float ? 4 : 8;
     const int64_t tiles = dy_row_tiles(p.m, choice);
-    choice.cluster = choose_cluster(tiles, p.n, device, kLeastPassBlocks);
+    // Every CTA of a cluster reads the rows' s, in float32: a quarter of its bytes of dy at most.
+    const int64_t least = rank / 8 > kLeastPassBlocks ? rank / 8 : kLeastPassBlocks;
+    choice.cluster = choose_cluster(tiles, p.n, device, least);
     choice.ctas = tiles * choice.cluster;
     return choice;
   }
