@@ -100,9 +100,9 @@ BACKWARD_FAULTS = {
         LAYER_TILE, "(empty(stage), (Tile::kWarps + Tile::kSideWarps) * cluster)",
         "(empty(stage), Tile::kWarps * cluster)"),
     "dlora_b: s replaced while the other warp uses it": (
-        DLORA_B, "    ptx::named_barrier_sync<kBarrier, kThreads>();  // the s", "    // the s"),
+        DLORA_B, "    ptx::barrier_sync(kBarrier, kThreads);  // the s", "    // the s"),
     "dlora_b: s used before the other warp has written it": (
-        DLORA_B, "    }\n    ptx::named_barrier_sync<kBarrier, kThreads>();\n", "    }\n"),
+        DLORA_B, "    }\n    ptx::barrier_sync(kBarrier, kThreads);\n", "    }\n"),
     "tile taken before it is there": (
         LAYER_TILE, "  ptx::mbarrier_wait(shared.tile_full(slot.stage), slot.phase);\n", ""),
     "dlora_b: tile slot given back by some warps": (

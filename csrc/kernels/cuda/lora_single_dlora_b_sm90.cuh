@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/lora_backward_sm80.cuh"
 #include "kernels/cuda/lora_single_tile_sm90.cuh"
-#include "kernels/ptx/barrier.cuh"
+#include "kernels/ptx/warp.cuh"
 
 namespace fused_peft::cuda {
 
@@ -30,7 +30,7 @@ struct DLoraBWarps {
     const float* from = p.saved_s + (int64_t{m0} + first) * p.r + chunk * kChunk;
     const int rows = chunk * kChunk < p.r ? p.m - m0 - first : 0;
     const uint32_t target = ptx::shared_address(s_tile);
-    ptx::named_barrier_sync<kBarrier, kThreads>();  // the s of the tile before is not used any more
+    ptx::barrier_sync(kBarrier, kThreads);  // the s of the tile before is not used any more
 #pragma unroll 4
     for (int row = 0; row < Tile::BLOCK_M; row += kRows, from += kRows * p.r) {
       float4 s[2] = {};
@@ -43,7 +43,7 @@ struct DLoraBWarps {
                    {Traits::pack(s[0].x, s[0].y), Traits::pack(s[0].z, s[0].w),
                     Traits::pack(s[1].x, s[1].y), Traits::pack(s[1].z, s[1].w)});
     }
-    ptx::named_barrier_sync<kBarrier, kThreads>();
+    ptx::barrier_sync(kBarrier, kThreads);
   }
 
   // Ranks first .. first + 15 of this warp's columns of a block of dy.
