@@ -84,6 +84,11 @@ def test_what_keeps_the_sm80_kernel(r, options, sm90):
     assert (plan[X]["cluster"] > 0) == (plan[DY]["cluster"] > 0) == sm90
 
 
+def test_no_tensor_copy_of_an_empty_matrix():
+    assert _C.lora_linear_plan(512, 0, 1024, 16, **H100)[DY]["cluster"] == 0
+    assert _C.lora_linear_plan(512, 1024, 0, 16, **H100)[X]["cluster"] == 0
+
+
 # ---- counts
 
 
