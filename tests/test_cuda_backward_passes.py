@@ -214,6 +214,18 @@ def test_rows_that_no_tensor_copy_addresses_take_the_sm80_kernel(name):
         torch.testing.assert_close(ours, other)
 
 
+@BOTH
+def test_s_may_lie_at_any_float(factor):
+    t = make(70, 136, 72, 24, torch.bfloat16, factor)
+    s = torch.randn(70 * 24 + 1)
+    with forced(SIMULATED_CUDA):
+        aligned, launches = backward(t, s=s[1:].reshape(70, 24).clone())
+        assert "dy_pass_sm90" in launches[DY].kernel
+        odd, _ = backward(t, s=s[1:].reshape(70, 24))
+    for ours, other in zip(odd, aligned, strict=True):
+        assert torch.equal(ours, other)
+
+
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 @BOTH
 def test_what_is_not_wanted_changes_nothing(wanted, factor):
