@@ -84,6 +84,11 @@ def test_what_keeps_the_sm80_kernel(r, options, sm90):
     assert (plan[X]["cluster"] > 0) == (plan[DY]["cluster"] > 0) == sm90
 
 
+def test_no_tensor_copy_of_an_empty_matrix():
+    assert _C.lora_linear_plan(512, 0, 1024, 16, **H100)[DY]["cluster"] == 0
+    assert _C.lora_linear_plan(512, 1024, 0, 16, **H100)[X]["cluster"] == 0
+
+
 # ---- counts
 
 
@@ -210,6 +215,18 @@ def test_rows_that_no_tensor_copy_addresses_take_the_sm80_kernel(name):
         assert "dy_pass_sm90" not in launches[DY].kernel
     for ours, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, other)
+
+
+@BOTH
+def test_s_may_lie_at_any_float(factor):
+    t = make(70, 136, 72, 24, torch.bfloat16, factor)
+    s = torch.randn(70 * 24 + 1)
+    with forced(SIMULATED_CUDA):
+        aligned, launches = backward(t, s=s[1:].reshape(70, 24).clone())
+        assert "dy_pass_sm90" in launches[DY].kernel
+        odd, _ = backward(t, s=s[1:].reshape(70, 24))
+    for ours, other in zip(odd, aligned, strict=True):
+        assert torch.equal(ours, other)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def loops(lines: list[tuple[int, str]]) -> list[Counter[str]]:
     return result
 
 
+@cache
 def machine_code(architecture: str) -> dict[str, list[tuple[int, str]]]:
     """Address and text of each instruction of each kernel."""
     kernels: dict[str, list[tuple[int, str]]] = {}

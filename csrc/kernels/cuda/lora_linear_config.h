@@ -83,7 +83,7 @@ constexpr bool kHasSm90a = false;
 
 struct SkinnyChoice {
   int32_t rank = 0;        // columns of the accumulators, R rounded up to a tile that is compiled
-  int32_t row_blocks = 0;  // dy pass: 16-row blocks per CTA
+  int32_t row_blocks = 0;  // dy pass: 16-row blocks of a tile, each of which has a part of dlora_b
   int64_t ctas = 0;
   int32_t rank_blocks = 1;  // x pass: how often x is read
   int32_t cluster = 0;      // CTAs that split the reduction; 0: the sm_80 kernel, whose warps do
@@ -237,7 +237,8 @@ constexpr int64_t dy_row_tiles(int64_t m, const SkinnyChoice& dy_pass) {
 // few CTAs to fill half the device, or where float32 factors take the shared memory and registers.
 constexpr SkinnyChoice choose_dy_pass(const LoraLinearShape& p, const DeviceFacts& device) {
   const int32_t rank = rank_tile(p.r, 256);
-  if (rank <= 64 && has_skinny_sm90(p, device) && p.lora_b_aligned && p.m <= kLargestTensorRow) {
+  if (rank <= 64 && has_skinny_sm90(p, device) && p.lora_b_aligned && p.n > 0 &&
+      p.m <= kLargestTensorRow) {
     SkinnyChoice choice = {rank};
     const bool few = kMaxCluster * ceil_div(p.m, 128) < device.num_sms;
     choice.row_blocks = few || p.factor_float ? 4 : 8;
