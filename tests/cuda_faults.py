@@ -105,6 +105,44 @@ for shape, p, timing in {problems}:
 """
 
 
+def backward_check(problems: str, options: str) -> str:
+    """The same of the narrow passes of its backward kernels, without dx.
+
+    A problem is (shape, dropout_p, timing, the factors' type).
+    """
+    return f"""
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from backends import relative_error
+from test_lora_ops import make
+from fused_peft import reference, simulator
+
+simulator._torch.load_kernels()
+for shape, p, timing, factor in {problems}:
+    t = make(*shape, torch.bfloat16, getattr(torch, factor))
+    seed = torch.tensor(5)
+    leaves = [t[name].double().requires_grad_() for name in ("x", "lora_a", "lora_b")]
+    kwargs = {{"dropout_p": p, "seed": seed}} if p else {{}}
+    y = reference.lora_linear(
+        leaves[0], t["weight"].double(), leaves[1], leaves[2], scaling=0.7, **kwargs
+    )
+    truth = torch.autograd.grad(y, leaves[1:], t["dy"].double())
+    operands = [t[name] for name in ("x", "weight", "lora_a", "lora_b")]
+    _, s = torch.ops.fused_peft.lora_linear(*operands, None, 0.7, p, seed)
+    simulator.reset()
+    with simulator.simulated_cuda(), simulator.options(async_timing=timing, {options}):
+        _, *ours, _ = torch.ops.fused_peft_simulated.lora_linear_backward(
+            t["dy"], *operands, s, 0.7, p, seed, False, True, True, False
+        )
+    for finding in simulator.findings():
+        sys.exit(f"finding: {{finding.kind}} at {{finding.source}}")
+    for name, value, exact in zip(("dlora_a", "dlora_b"), ours, truth):
+        error = relative_error(value, exact)
+        if not error < 1e-2:
+            sys.exit(f"{{name}}: {{error}}")
+"""
+
+
 def assert_seen(done: subprocess.CompletedProcess[str]) -> None:
     """The check has failed, by a finding, an error or a launch that could not go on."""
     assert done.returncode != 0

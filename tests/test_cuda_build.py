@@ -170,6 +170,31 @@ def test_decode_streams_by_tensor_copies():
 
 
 @pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
+@pytest.mark.parametrize(
+    ("kernel", "instances", "plain", "transposed"),
+    # Two types, two of factors, two ranks and, over dy in 16 bits, two heights of a tile.
+    [("x_pass_sm90", 8, 0, 4), ("dy_pass_sm90", 12, 4, 4)],
+)
+def test_backward_passes_stream_by_tensor_copies(kernel, instances, plain, transposed):
+    found = 0
+    for name, lines in machine_code("90").items():
+        if kernel not in name:
+            continue
+        found += 1
+        opcodes = Counter(re.sub(r"^@!?\w+ ", "", text).split()[0] for _, text in lines)
+        assert opcodes["UTMALDG.2D"] >= 2, name
+        assert opcodes["UCGABAR_ARV"] == opcodes["UCGABAR_WAIT"] == 2, name
+        # A warp's loop over blocks: at least so many fragments as they lie and transposed.
+        main = [loop for loop in loops(lines) if any(o.startswith("HMMA") for o in loop)]
+        smallest = min(main, key=lambda loop: loop.total())
+        assert smallest["LDSM.16.M88.4"] >= plain, name
+        assert smallest["LDSM.16.MT88.4"] >= transposed, name
+        assert not any(o.startswith("LDG") for o in smallest), name
+        assert not smallest["MEMBAR.ALL.GPU"], name
+    assert found == instances
+
+
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="not built for sm_90")
 def test_single_launch():
     singles = {n: lines for n, lines in machine_code("90").items() if "lora_single" in n}
     assert len(singles) == 16  # two directions, two types, two tiles, two ranks

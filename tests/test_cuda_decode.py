@@ -213,29 +213,29 @@ def test_infinities_of_one_column_stay_in_it():
 
 # ---- faults
 
-HEADER, SHARED_HEADER = "lora_decode_sm90.cuh", "skinny_sm90.cuh"
-FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
-RELEASE = "if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);"
+HEADERS = ("lora_decode_sm90.cuh", "skinny_sm90.cuh", "ring_sm90.cuh")
+FULL_WAIT = "ptx::mbarrier_wait(ring.full(place.stage), place.phase);"
+EMPTY_WAIT = "ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);"
+RELEASE = "ring.release(place.stage, lane);"
 RING_FREE = "__syncthreads();  // with the producer: the ring is free"
 FAULTS = {
-    "wrong phase bit of a consumer": (FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
+    "wrong phase bit of a consumer": (FULL_WAIT, FULL_WAIT.replace("phase)", "phase ^ 1)")),
     "wrong phase bit of the producer": (
-        "ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);",
-        "ptx::mbarrier_wait(empty + slot * 8, phase);"),
-    "a stage filled before it is free": ("ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);", ""),
+        EMPTY_WAIT, EMPTY_WAIT.replace("phase ^ 1", "phase")),
+    "a stage filled before it is free": (EMPTY_WAIT, ""),
     "a stage freed before it is read": (
-        FULL_WAIT, FULL_WAIT + RELEASE, "__syncwarp();\n    " + RELEASE, ""),
+        FULL_WAIT, FULL_WAIT + RELEASE, f"    {RELEASE}\n", ""),
     "a stage never freed": (RELEASE, ""),
-    "phase not turned": ("slot = 0, phase ^= 1", "slot = 0"),
+    "phase not turned": ("      phase ^= 1;\n", ""),
     "fewer bytes expected than come": (
         "mbarrier_arrive_expect(barrier, Tile::kStageBytes)",
         "mbarrier_arrive_expect(barrier, Tile::kXOffset)"),
     "one consumer too few counted": (
-        "mbarrier_init(empty + i * 8, Tile::kConsumers)",
-        "mbarrier_init(empty + i * 8, Tile::kConsumers - 1)"),
+        "mbarrier_init(empty(i), Tile::kConsumers)",
+        "mbarrier_init(empty(i), Tile::kConsumers - 1)"),
     "no barrier after the barriers' init": (
-        "ptx::mbarrier_init_fence();\n  }\n  __syncthreads();",
-        "ptx::mbarrier_init_fence();\n  }"),
+        "ptx::mbarrier_init_fence();\n    }\n    __syncthreads();",
+        "ptx::mbarrier_init_fence();\n    }"),
     "sums written into a ring in use": (
         RING_FREE, "", "__syncwarp();\n    __syncthreads();", "__syncwarp();"),
     "no cluster barrier before peers are read": (
@@ -265,9 +265,9 @@ CHECK = forward_check(
 
 def build_changed(folder, changes=()):
     """With texts of the headers replaced: old, new, old, new ..."""
-    shared = (ROOT / "csrc/kernels/cuda" / SHARED_HEADER).read_text()
+    texts = {name: (ROOT / "csrc/kernels/cuda" / name).read_text() for name in HEADERS}
     faults = [
-        Fault(SHARED_HEADER if old in shared else HEADER, old, new)
+        Fault(next((name for name in HEADERS if old in texts[name]), HEADERS[0]), old, new)
         for old, new in zip(changes[::2], changes[1::2], strict=True)
     ]
     return build(folder, "lora_decode_bf16_sm90.cu", *faults)

@@ -63,15 +63,17 @@ def forward(t, p=0.0):
 )
 def test_reads_x_once_and_lora_a_once_a_tile(r, factor):
     m, n, k = 256, 1024, 1024
-    # One SM: more than four waves of tiles, which do not go in a single launch.
+    # With dropout, which does not go in a single launch.
     with forced(SIMULATED_CUDA), simulator.options(max_sms=1):
-        _, _, down = forward(make(m, n, k, r, torch.bfloat16, factor))
+        _, _, down = forward(make(m, n, k, r, torch.bfloat16, factor), p=0.3)
     tiles, size = m // ROWS, factor.itemsize
     copies = 2 if size == 2 else 1 + BLOCK_K // 8
     descriptors = tiles * (k // BLOCK_K) * copies * 128
     # In float32 lora_b is copied on the way, as an operand of the GEMM.
     factor_copy = 0 if size == 2 else 4 * n * r * 3
-    assert down.global_load_bytes == 2 * m * k + size * r * k * tiles + descriptors + factor_copy
+    operands = 2 * m * k + size * r * k * tiles
+    seed = 8 * 256 * tiles  # by each thread that masks
+    assert down.global_load_bytes == operands + descriptors + factor_copy + seed
     assert down.tensor_flop == 2 * m * k * r * (1 if size == 2 else 3)
     assert down.sector_use >= 0.95
     for line in down.conflicts:
@@ -116,18 +118,20 @@ def test_bits_do_not_depend_on_the_schedule(shape, p):
 
 # ---- faults
 
-HEADER = "lora_down_sm90.cuh"
-FULL_WAIT = "ptx::mbarrier_wait(full + slot * 8, phase);"
+DOWN, RING = "lora_down_sm90.cuh", "skinny_sm90.cuh"
+FULL_WAIT = "ptx::mbarrier_wait(ring.full(place.stage), place.phase);"
 FAULTS = {
-    "wrong phase bit": (FULL_WAIT, FULL_WAIT.replace("phase", "phase ^ 1")),
-    "a stage filled before it is free": ("ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);", ""),
-    "dropout counters of another row": ("(row0 + row + lane / 4) * p.k", "(row0 + row) * p.k"),
-    "half of the warps' sums lost": ("sums[at] += sums[Tile::kHalf + at];", ""),
+    "wrong phase bit": (DOWN, FULL_WAIT, FULL_WAIT.replace("place.phase", "place.phase ^ 1")),
+    "a stage filled before it is free": (
+        DOWN, "ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);", ""),
+    "dropout counters of another tile": (
+        DOWN, "mask.apply(stage, row0 * p.k + ", "mask.apply(stage, "),
+    "half of the warps' sums lost": (DOWN, "add_quads(*at, at[Tile::kHalf / 4])", "*at"),
     "no cluster barrier before peers are read": (
-        "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),
+        RING, "ptx::cluster_sync();\n  const int rows", "__syncthreads();\n  const int rows"),
     "exit before a peer has read": (
-        "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
-    "rows beyond M written": ("if (m >= p.x.rows) continue;", ""),
+        RING, "ptx::cluster_sync();  // until no CTA reads this one's memory any more", ""),
+    "rows beyond M written": (RING, "out.first + row >= out.rows || ", ""),
 }  # fmt: skip
 
 CHECK = forward_check(
@@ -140,7 +144,7 @@ CHECK = forward_check(
 
 
 def build_changed(folder, *change):
-    faults = [Fault(HEADER, *change)] if change else []
+    faults = [Fault(*change)] if change else []
     return build(folder, "lora_down_bf16_sm90.cu", *faults)
 
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kernels/cuda/gemm_consumer_sm90.cuh"
+#include "kernels/cuda/ring_sm90.cuh"
 #include "kernels/ptx/async_copy.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/grid_dependency.cuh"
@@ -22,23 +23,6 @@ namespace fused_peft::cuda {
 // 65,536 registers for 384 threads: the copying warpgroup needs few, two times 128 threads hold 128
 // accumulators each.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
-// A place in the ring: how often it has gone round decides the parity.
-template <int kStages>
-struct RingPlace {
-  uint32_t stage = 0, phase = 0;
-  __device__ void advance(uint32_t count) {
-    stage += count;
-    phase ^= stage / kStages & 1;
-    stage %= kStages;
-  }
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // Addresses in shared memory.
 template <class Tile>
@@ -141,9 +125,8 @@ __device__ void produce(const GemmSm90Params& p, const GemmSm90Shared<Tile>& sha
 }
 
 // A warp is done with a stage, here and, where others fill it too, there.
-template <class Tile>
-__device__ inline void release_stage(const GemmSm90Shared<Tile>& shared, uint32_t stage,
-                                     int32_t cluster) {
+template <class Shared>
+__device__ inline void release_stage(const Shared& shared, uint32_t stage, int32_t cluster) {
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
   if (cluster == 1) {
     if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));

@@ -63,9 +63,19 @@ template <class Element, class Factor>
 Status launch_dy_pass(const SkinnyChoice& choice, const DyPassParams& params, int64_t extra_ctas,
                       const LaunchContext& context);
 
+// The same on a cluster of choice.cluster CTAs; dtype is Element's.
+template <class Element, class Factor>
+Status launch_dy_pass_sm90(const SkinnyChoice& choice, const DyPassParams& params, DType dtype,
+                           int64_t extra_ctas, const LaunchContext& context);
+
 template <class Element, class Factor>
 Status launch_x_pass(const SkinnyChoice& choice, const XPassParams& params, int64_t extra_ctas,
                      const LaunchContext& context);
+
+// The same on a cluster of choice.cluster CTAs; dtype is Element's.
+template <class Element, class Factor>
+Status launch_x_pass_sm90(const SkinnyChoice& choice, const XPassParams& params, DType dtype,
+                          int64_t extra_ctas, const LaunchContext& context);
 
 template <class Element>
 Status launch_reduce(const ReduceParams& params, const LaunchContext& context);

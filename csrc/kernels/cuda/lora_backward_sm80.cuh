@@ -73,7 +73,8 @@ __device__ inline void multiply_narrow(float (&acc)[kBlocks][4], const uint32_t 
     for (int j = 0; j < kBlocks; ++j) {
       if (first_column + j * 8 >= r) break;
       const float* at = b + j * 8;
-      mma16_float_b<Element>(acc[j], a, {at[0], at[kRow]}, {at[8 * kRow], at[9 * kRow]});
+      mma16_float_b<Element>(acc[j], a,
+                             FloatTerms({at[0], at[kRow]}, {at[8 * kRow], at[9 * kRow]}));
     }
   } else {
     const uint32_t shared = ptx::shared_address(tile);
@@ -101,12 +102,14 @@ struct DyPassParams {
   int64_t lora_b_stride = 0;
   bool lora_b_aligned = false;
   const float* s = nullptr;  // [M, R], from the forward pass; null: dlora_b is not wanted
-  double scaling = 0.0;      // 1 / (1 - p) included
-  float* ds = nullptr;       // [M, R]; null: not needed in float32
-  TermsOut terms;            // ds as the GEMM's operand, and (segment 0) as the x pass's
+  bool s_aligned = false;
+  double scaling = 0.0;  // 1 / (1 - p) included
+  float* ds = nullptr;   // [M, R] rows of ds_stride; null: not needed in float32
+  int64_t ds_stride = 0;
+  TermsOut terms;  // ds as the GEMM's operand, and (segment 0) as the x pass's
   bool want_ds = true;
   float* dlora_b_parts =
-      nullptr;      // [CTAs, N, R], or the result itself where there is one CTA and it is float32
+      nullptr;      // [tiles, N, R], or the result itself where there is one tile and it is float32
   FactorCopy copy;  // of lora_a, for the GEMM
   int row_blocks = 0;
 };
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) dy_pass_kernel(const DyPassPar
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += sums[(w * Pass::kRows + row) * Pass::kSumRow + column];
     sum = scaled(sum, p.scaling);
-    if (p.ds && column < p.r) p.ds[m * p.r + column] = sum;
+    if (p.ds && column < p.r) p.ds[m * p.ds_stride + column] = sum;
     store_terms<Element>(p.terms, m, p.r, column, sum);
   }
 }
@@ -279,6 +282,20 @@ struct ReduceParams {
 
 template <class Element>
 __device__ inline void reduce_parts(const ReduceParams& p, int64_t thread, int64_t threads) {
+  if (p.elements % 4 == 0) {
+    const auto* parts = reinterpret_cast<const float4*>(p.parts);
+    const int64_t quads = p.elements / 4;
+    for (int64_t i = thread; i < quads; i += threads) {
+      float4 sum = parts[i];
+#pragma unroll 4
+      for (int64_t part = 1; part < p.count; ++part) sum = add_quads(sum, parts[part * quads + i]);
+      if (p.out_float)
+        store_quad(static_cast<float*>(p.out) + 4 * i, sum);
+      else
+        store_quad(static_cast<Element*>(p.out) + 4 * i, sum);
+    }
+    return;
+  }
   for (int64_t i = thread; i < p.elements; i += threads) {
     float sum = p.parts[i];
     for (int64_t part = 1; part < p.count; ++part) sum += p.parts[part * p.elements + i];
@@ -295,9 +312,8 @@ struct XPassParams {
   const void* x = nullptr;  // [M, K]
   int64_t x_stride = 0;
   bool x_aligned = false;
-  const void* ds = nullptr;  // [M, R] rows of ds_stride, in the factor's type, scaled
+  const void* ds = nullptr;  // [M, R], in the factor's type, scaled; rows of whole 16 bytes
   int64_t ds_stride = 0;
-  bool ds_aligned = false;
   Dropout dropout;
   void* dlora_a = nullptr;  // [R, K], in the factor's type
   ReduceParams reduce;
@@ -353,8 +369,8 @@ __global__ void __launch_bounds__(32 * kWarps) x_pass_kernel(const XPassParams p
         fill_chunk(target + tile_offset<kPanel>(row, chunk), x + (m0 + row) * p.x_stride + k,
                    m0 + row < p.m ? p.k - k : 0, p.x_aligned);
       }
-      fill_narrow<Factor, kRank>(stage + Pass::kXBytes, ds, p.ds_stride, m0, p.m - m0, r,
-                                 p.ds_aligned, Pass::kRowsPerStep, lane, 32);
+      fill_narrow<Factor, kRank>(stage + Pass::kXBytes, ds, p.ds_stride, m0, p.m - m0, r, true,
+                                 Pass::kRowsPerStep, lane, 32);
     }
     ptx::cp_async_commit();
   };

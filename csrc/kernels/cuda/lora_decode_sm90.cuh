@@ -46,10 +46,9 @@ struct DecodeTile {
   static constexpr int kSteps = kBlockK / 16;
   static constexpr int kRankPart = kRank / (kConsumers / kSteps);
 
-  static constexpr int kStages =
-      (kSkinnySharedBytes - kBoxAlignment) / (kStageBytes + 2 * int{sizeof(uint64_t)});
+  static constexpr int kStages = skinny_stages(kStageBytes);
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBoxAlignment + kRingBytes + 2 * kStages * sizeof(uint64_t);
+  static constexpr int kSharedBytes = skinny_shared_bytes(kStages, kStageBytes);
 
   // What the ring's memory holds once the last block is consumed, in floats.
   static constexpr int kYRow = kBlockN + 8, kSRow = kRank + 8;  // see sum_row
@@ -68,27 +67,25 @@ struct DecodeTile {
 
 // The producer: one thread streams this CTA's k-blocks through the ring.
 template <class Tile>
-__device__ inline void stream_blocks(const LoraDecodeSm90Params& p, uint32_t ring, uint32_t full,
-                                     uint32_t empty, int n0) {
+__device__ inline void stream_blocks(const LoraDecodeSm90Params& p, const SkinnyRing<Tile>& ring,
+                                     int n0) {
   const int ranks = ptx::cluster_cta_count();
-  int slot = 0;
-  uint32_t phase = 0;
-  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks) {
-    const uint32_t stage = ring + slot * Tile::kStageBytes, barrier = full + slot * 8;
+  RingPlace<Tile::kStages> place;
+  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks, place.advance()) {
+    const uint32_t stage = ring.stage(place.stage), barrier = ring.full(place.stage);
     const int k = block * Tile::kBlockK;
-    ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);
+    ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);
     ptx::mbarrier_arrive_expect(barrier, Tile::kStageBytes);
     ptx::load_box(stage, &p.weight, k, n0, barrier);
     ptx::load_box(stage + Tile::kXOffset, &p.x, k, 0, barrier);
     Tile::Stage::load(stage + Tile::kFactorOffset, &p.lora_a, k, barrier);
-    if (++slot == Tile::kStages) slot = 0, phase ^= 1;
   }
 }
 
 // The consumers: each warp its columns of W, and its share of s.
 template <class Element, class Factor, int kRank>
-__device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned char* ring,
-                                       uint32_t full, uint32_t empty, float* sums) {
+__device__ inline void multiply_blocks(const LoraDecodeSm90Params& p,
+                                       const SkinnyRing<DecodeTile<Factor, kRank>>& ring) {
   using Tile = DecodeTile<Factor, kRank>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int step = warp % Tile::kSteps, first_rank = warp / Tile::kSteps * Tile::kRankPart;
@@ -99,13 +96,13 @@ __device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned c
   const uint32_t x_tile = Tile::kXOffset + a_fragment<Tile::kBlockK>(0, 0, lane);
   const uint32_t weight_tile = b_fragment<Tile::kBlockK>(warp * Tile::kWarpColumns, 0, lane);
   float y_acc[Tile::kWarpColumns / 8][4] = {}, s_acc[Tile::kRankPart / 8][4] = {};
-  int slot = 0;
-  uint32_t phase = 0;
+  RingPlace<Tile::kStages> place;
 #pragma unroll 1
-  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks) {
-    const unsigned char* factor_tile = ring + slot * Tile::kStageBytes + Tile::kFactorOffset;
-    const uint32_t stage = ptx::shared_address(ring) + slot * Tile::kStageBytes;
-    ptx::mbarrier_wait(full + slot * 8, phase);
+  for (int block = ptx::cluster_cta_rank(); block < p.k_blocks; block += ranks, place.advance()) {
+    const unsigned char* factor_tile =
+        ring.memory + place.stage * Tile::kStageBytes + Tile::kFactorOffset;
+    const uint32_t stage = ring.stage(place.stage);
+    ptx::mbarrier_wait(ring.full(place.stage), place.phase);
     uint32_t a[4];
 #pragma unroll
     for (int k = 0; k < Tile::kSteps; ++k) {
@@ -117,11 +114,10 @@ __device__ inline void multiply_blocks(const LoraDecodeSm90Params& p, unsigned c
     }
     ptx::ldmatrix_x4(a, (stage + x_tile) ^ (step * kStepBytes));
     multiply_factor<Element, Factor, kRank>(s_acc, a, factor_tile, step, first_rank, p.r, lane);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);
-    if (++slot == Tile::kStages) slot = 0, phase ^= 1;
+    ring.release(place.stage, lane);
   }
   __syncthreads();  // with the producer: the ring is free
+  auto* const sums = reinterpret_cast<float*>(ring.memory);
 #pragma unroll
   for (int j = 0; j < Tile::kWarpColumns / 8; ++j)
     store_sums(sums + Tile::kY, Tile::kYRow, warp * Tile::kWarpColumns + j * 8, y_acc[j], lane);
@@ -193,29 +189,18 @@ __global__ void __launch_bounds__(DecodeTile<Factor, kRank>::kThreads, 2)
 #if __CUDA_ARCH__ >= 900
   using Tile = DecodeTile<Factor, kRank>;
   extern __shared__ unsigned char shared[];
-  const uint32_t unaligned = ptx::shared_address(shared);
-  const uint32_t ring = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
-  unsigned char* const stages = shared + (ring - unaligned);
-  auto* const sums = reinterpret_cast<float*>(stages);
-  const uint32_t full = ring + Tile::kRingBytes, empty = full + 8 * Tile::kStages;
+  const SkinnyRing<Tile> ring(shared);
+  ring.init();
   const int n0 = static_cast<int>(blockIdx.x / ptx::cluster_cta_count()) * Tile::kBlockN;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, Tile::kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();
   if (threadIdx.x < 32 * Tile::kConsumers) {
-    multiply_blocks<Element, Factor, kRank>(p, stages, full, empty, sums);
+    multiply_blocks<Element, Factor, kRank>(p, ring);
   } else {
-    if (threadIdx.x % 32 == 0) stream_blocks<Tile>(p, ring, full, empty, n0);
+    if (threadIdx.x % 32 == 0) stream_blocks<Tile>(p, ring, n0);
     __syncwarp();
     __syncthreads();
   }
   __syncthreads();
-  finish_columns<Element, Factor, kRank>(p, sums, n0);
+  finish_columns<Element, Factor, kRank>(p, reinterpret_cast<float*>(ring.memory), n0);
 #endif
 }
 

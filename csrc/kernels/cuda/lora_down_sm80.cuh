@@ -82,6 +82,26 @@ __device__ inline void store_terms(const TermsOut& out, int64_t m, int64_t r, in
   }
 }
 
+// Four columns of it.
+template <class Element>
+__device__ inline void store_terms_quad(const TermsOut& out, int64_t m, int64_t r, int64_t column,
+                                        float4 s) {
+  if (!out.data) return;
+  using Traits = ElementTraits<Element>;
+  if (column >= r) s.x = 0.f;
+  if (column + 1 >= r) s.y = 0.f;
+  if (column + 2 >= r) s.z = 0.f;
+  if (column + 3 >= r) s.w = 0.f;
+  Element* const row = static_cast<Element*>(out.data) + m * out.stride + column;
+  const int64_t segment = segment_columns(r);
+  store_quad(row, s);
+  if (out.segments == kSegments) {
+    const auto low = [](float v) { return v - Traits::to_float(Traits::from_float(v)); };
+    store_quad(row + segment, s);
+    store_quad(row + 2 * segment, {low(s.x), low(s.y), low(s.z), low(s.w)});
+  }
+}
+
 struct LoraDownParams {
   int64_t k = 0;
   SkinnyRows x, lora_a;

@@ -20,103 +20,80 @@ struct DownTile {
   static constexpr int kThreads = 32 * (kConsumers + 1);
   static constexpr int kFactorOffset = kDownRows * kSkinnyBlockK * 2;
   static constexpr int kStageBytes = kFactorOffset + Stage::kBytes;
-  static constexpr int kRoom = kSkinnySharedBytes - kBoxAlignment;
-  static constexpr int kMostStages = kRoom / (kStageBytes + 2 * int{sizeof(uint64_t)});
-  static constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  static constexpr int kStages = skinny_stages(kStageBytes);
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBoxAlignment + kRingBytes + 2 * kStages * sizeof(uint64_t);
+  static constexpr int kSharedBytes = skinny_shared_bytes(kStages, kStageBytes);
   // The ring's memory once the last block is consumed: the sums of each half of the warps, then
   // those of the CTA in the first's place.
-  static constexpr int kSRow = kRank + 8;  // see sum_row
+  static constexpr int kSRow = sum_row(kRank);
   static constexpr int kHalf = kDownRows * kSRow;
-  static_assert(kHalves * kHalf * 4 <= kRingBytes);
+  static_assert(kHalves == 2 && kHalves * kHalf * 4 <= kRingBytes);
   static_assert(kStages >= 3 && kStageBytes % kBoxAlignment == 0);
 };
 
 #if __CUDA_ARCH__ >= 900
 
-// Dropout on a warp's 16 rows and 32 k of a stage: each lane masks two chunks, eight rows apart.
-template <class Element>
-struct StageMask {
-  uint64_t seed, index;  // of the upper chunk's first element in x, k-block 0
-  uint32_t threshold, offset;
-
-  __device__ StageMask(const LoraDownParams& p, int64_t row0, int row, int k, int lane)
-      : seed(p.dropout.seed ? *p.dropout.seed : 0),
-        index(static_cast<uint64_t>((row0 + row + lane / 4) * p.k + k + lane % 4 * kChunk)),
-        threshold(p.dropout.threshold),
-        offset(tile_offset<kSkinnyBlockK>(row + lane / 4, k / kChunk + lane % 4)) {}
-
-  __device__ void apply(unsigned char* stage, int block, int64_t row_length) const {
-    constexpr int kEightRows = 8 * kSkinnyBlockK * 2;  // the swizzle's period
-    uint64_t at = index + static_cast<uint64_t>(block) * kSkinnyBlockK;
-#pragma unroll
-    for (int i = 0; i < 2; ++i, at += 8 * row_length) {
-      auto* chunk = reinterpret_cast<uint4*>(stage + offset + i * kEightRows);
-      *chunk = RowPair<Element>::masked(*chunk, keep_bits<kChunk>(seed, threshold, at));
-    }
-    __syncwarp();
+// The producer: one thread streams this CTA's k-blocks through the ring.
+template <class Tile>
+__device__ inline void stream_down(const SkinnyRing<Tile>& ring, const CUtensorMap* x,
+                                   const CUtensorMap* lora_a, int row0, int blocks) {
+  const int ranks = ptx::cluster_cta_count();
+  RingPlace<Tile::kStages> place;
+  for (int block = ptx::cluster_cta_rank(); block < blocks; block += ranks, place.advance()) {
+    const uint32_t stage = ring.stage(place.stage), barrier = ring.full(place.stage);
+    const int k = block * kSkinnyBlockK;
+    ptx::mbarrier_wait(ring.empty(place.stage), place.phase ^ 1);
+    ptx::mbarrier_arrive_expect(barrier, Tile::kStageBytes);
+    ptx::load_box(stage, x, k, row0, barrier);
+    Tile::Stage::load(stage + Tile::kFactorOffset, lora_a, k, barrier);
   }
-};
+}
 
 template <class Element, class Factor, int kRank>
-__device__ inline void down_blocks(const LoraDownParams& p, unsigned char* ring, uint32_t full,
-                                   uint32_t empty, int64_t row0) {
+__device__ inline void multiply_down(const LoraDownParams& p,
+                                     const SkinnyRing<DownTile<Factor, kRank>>& ring, int64_t row0,
+                                     int blocks) {
   using Tile = DownTile<Factor, kRank>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp % Tile::kRowGroups * 16, half = warp / Tile::kRowGroups;
   const int ranks = ptx::cluster_cta_count();
-  const int blocks = static_cast<int>(ceil_div(p.k, kSkinnyBlockK));
-  static_assert(Tile::kSteps == 2, "StageMask");
-  const StageMask<Element> mask(p, row0, row, half * Tile::kSteps * 16, lane);
+  constexpr int kWarpK = Tile::kSteps * 16;
+  const StageMask<Element, kWarpK, 16> mask(p.dropout, p.k, row, half * kWarpK, lane);
   float acc[kRank / 8][4] = {};
-  int slot = 0;
-  uint32_t phase = 0;
+  RingPlace<Tile::kStages> place;
 #pragma unroll 1
-  for (int block = ptx::cluster_cta_rank(); block < blocks; block += ranks) {
-    unsigned char* const stage = ring + slot * Tile::kStageBytes;
-    ptx::mbarrier_wait(full + slot * 8, phase);
-    if (p.dropout.seed) mask.apply(stage, block, p.k);
+  for (int block = ptx::cluster_cta_rank(); block < blocks; block += ranks, place.advance()) {
+    unsigned char* const stage = ring.memory + place.stage * Tile::kStageBytes;
+    ptx::mbarrier_wait(ring.full(place.stage), place.phase);
+    if (p.dropout.seed) mask.apply(stage, row0 * p.k + block * kSkinnyBlockK);
 #pragma unroll
     for (int i = 0; i < Tile::kSteps; ++i) {
       const int step = half * Tile::kSteps + i;
       uint32_t a[4];
-      ptx::ldmatrix_x4(
-          a, ptx::shared_address(stage) + a_fragment<kSkinnyBlockK>(row, step * 16, lane));
+      ptx::ldmatrix_x4(a,
+                       ring.stage(place.stage) + a_fragment<kSkinnyBlockK>(row, step * 16, lane));
       multiply_factor<Element, Factor, kRank>(acc, a, stage + Tile::kFactorOffset, step, 0,
                                               static_cast<int>(p.lora_a.rows), lane);
     }
     if (p.dropout.seed) ptx::fence_proxy_async_shared();  // TMA writes next what the mask wrote
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty + slot * 8);
-    if (++slot == Tile::kStages) slot = 0, phase ^= 1;
+    ring.release(place.stage, lane);
   }
   __syncthreads();  // with the producer: the ring is free
-  float* sums = reinterpret_cast<float*>(ring) + half * Tile::kHalf + row * Tile::kSRow;
+  float* sums = reinterpret_cast<float*>(ring.memory) + half * Tile::kHalf + row * Tile::kSRow;
 #pragma unroll
   for (int j = 0; j < kRank / 8; ++j) store_sums(sums, Tile::kSRow, j * 8, acc[j], lane);
 }
 
-// This CTA's part of the cluster's rows of s.
-template <class Element, class Tile>
-__device__ inline void finish_rows(const LoraDownParams& p, float* sums, int64_t row0) {
-  const int r = static_cast<int>(p.lora_a.rows), columns = static_cast<int>(segment_columns(r));
-  for (int i = threadIdx.x; i < kDownRows * columns; i += Tile::kThreads) {
-    const int at = i / columns * Tile::kSRow + i % columns;
-    sums[at] += sums[Tile::kHalf + at];
+// The sums of both halves of the warps, in the place of the first's.
+template <class Tile, int kRank>
+__device__ inline void add_halves(float* sums) {
+  constexpr int kQuads = kRank / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kDownRows * kQuads; i += Tile::kThreads) {
+    const int row = kRank == 16 ? paired_row(i / kQuads) : i / kQuads;
+    auto* const at = reinterpret_cast<float4*>(sums + row * Tile::kSRow) + i % kQuads;
+    *at = add_quads(*at, at[Tile::kHalf / 4]);
   }
-  ptx::cluster_sync();
-  const int rows = kDownRows / static_cast<int>(ptx::cluster_cta_count());
-  const int first = rows * static_cast<int>(ptx::cluster_cta_rank());
-  for (int i = threadIdx.x; i < rows * columns; i += Tile::kThreads) {
-    const int row = first + i / columns, column = i % columns;
-    const float s = scaled(add_ranks(sums + row * Tile::kSRow + column), p.scaling);
-    const int64_t m = row0 + row;
-    if (m >= p.x.rows) continue;
-    if (column < r) p.s[m * r + column] = s;
-    store_terms<Element>(p.terms, m, r, column, s);
-  }
-  ptx::cluster_sync();  // until no CTA reads this one's memory any more
 }
 
 #endif
@@ -137,41 +114,23 @@ __global__ void __launch_bounds__(DownTile<Factor, kRank>::kThreads, 2)
                          (static_cast<int64_t>(gridDim.x) - p.row_blocks) * Tile::kThreads);
     return;
   }
-  const uint32_t unaligned = ptx::shared_address(shared);
-  const uint32_t ring = (unaligned + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
-  unsigned char* const stages = shared + (ring - unaligned);
-  const uint32_t full = ring + Tile::kRingBytes, empty = full + 8 * Tile::kStages;
-  const int ranks = ptx::cluster_cta_count();
-  const int row0 = static_cast<int>(blockIdx.x) / ranks * kDownRows;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::mbarrier_init(full + i * 8, 1);
-      ptx::mbarrier_init(empty + i * 8, Tile::kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();
+  const SkinnyRing<Tile> ring(shared);
+  ring.init();
+  const int row0 = static_cast<int>(blockIdx.x / ptx::cluster_cta_count()) * kDownRows;
+  const int blocks = static_cast<int>(ceil_div(p.k, kSkinnyBlockK));
   if (threadIdx.x < 32 * Tile::kConsumers) {
-    down_blocks<Element, Factor, kRank>(p, stages, full, empty, row0);
+    multiply_down<Element, Factor, kRank>(p, ring, row0, blocks);
   } else {
-    if (threadIdx.x % 32 == 0) {
-      const int blocks = static_cast<int>(ceil_div(p.k, kSkinnyBlockK));
-      int slot = 0;
-      uint32_t phase = 0;
-      for (int block = ptx::cluster_cta_rank(); block < blocks; block += ranks) {
-        const uint32_t stage = ring + slot * Tile::kStageBytes, barrier = full + slot * 8;
-        ptx::mbarrier_wait(empty + slot * 8, phase ^ 1);
-        ptx::mbarrier_arrive_expect(barrier, Tile::kStageBytes);
-        ptx::load_box(stage, &x, block * kSkinnyBlockK, row0, barrier);
-        Tile::Stage::load(stage + Tile::kFactorOffset, &lora_a, block * kSkinnyBlockK, barrier);
-        if (++slot == Tile::kStages) slot = 0, phase ^= 1;
-      }
-    }
+    if (threadIdx.x % 32 == 0) stream_down<Tile>(ring, &x, &lora_a, row0, blocks);
     __syncwarp();
     __syncthreads();
   }
   __syncthreads();
-  finish_rows<Element, Tile>(p, reinterpret_cast<float*>(stages), row0);
+  float* const sums = reinterpret_cast<float*>(ring.memory);
+  add_halves<Tile, kRank>(sums);
+  const int r = static_cast<int>(p.lora_a.rows);
+  finish_rows<Element, kRank, kDownRows, Tile::kThreads>(
+      sums, {row0, p.x.rows, r, p.scaling, p.s, r, p.terms});
 #endif
 }
 

@@ -86,7 +86,7 @@ struct SkinnyChoice {
   int32_t row_blocks = 0;  // dy pass: 16-row blocks per CTA
   int64_t ctas = 0;
   int32_t rank_blocks = 1;  // x pass: how often x is read
-  int32_t cluster = 0;      // down: CTAs that split k; 0: the sm_80 kernel, whose warps do
+  int32_t cluster = 0;      // CTAs that split the reduction; 0: the sm_80 kernel, whose warps do
 };
 
 struct LoraLinearPlan {
@@ -110,6 +110,23 @@ constexpr int32_t square_raster(int64_t ctas, int32_t block_m, int32_t block_n, 
   return rows < cluster ? 1 : rows / cluster;
 }
 
+// Clusters, CTAs and the order for a choice of kernel and tile.
+constexpr GemmChoice spread_sm90(GemmChoice choice, int64_t m, int64_t n,
+                                 const DeviceFacts& device) {
+  const int64_t tiles_m = ceil_div(m, choice.block_m), tiles_n = ceil_div(n, choice.block_n);
+  choice.tiles = tiles_m * tiles_n;
+  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
+  // tile's time in every column: at most 1/16 of the work.
+  if (choice.block_m == 128 && choice.block_n >= 128 && device.num_sms >= 2 &&
+      (tiles_m % 2 == 0 || tiles_m >= 16))
+    choice.cluster = 2;
+  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * tiles_n;
+  const int64_t resident = device.num_sms / choice.cluster;
+  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
+  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
+  return choice;
+}
+
 constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& device) {
   GemmChoice choice;
   const auto take = [&](GemmKernel kernel, int32_t block_m, int32_t block_n) {
@@ -124,16 +141,7 @@ constexpr GemmChoice choose_gemm_sm90(int64_t m, int64_t n, const DeviceFacts& d
   take(GemmKernel::kCooperative, 128, 256);
   if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 128, 128);
   if (choice.tiles < device.num_sms) take(GemmKernel::kPingpong, 64, 64);
-  // Two CTAs that copy half of b each read a quarter less. A row of tiles without a partner costs a
-  // tile's time in every column: at most 1/16 of the work.
-  const int64_t tiles_m = ceil_div(m, choice.block_m);
-  if (choice.block_m == 128 && device.num_sms >= 2 && (tiles_m % 2 == 0 || tiles_m >= 16))
-    choice.cluster = 2;
-  const int64_t clusters = ceil_div(tiles_m, choice.cluster) * ceil_div(n, choice.block_n);
-  const int64_t resident = device.num_sms / choice.cluster;
-  choice.ctas = choice.cluster * (clusters < resident ? clusters : resident);
-  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, choice.cluster);
-  return choice;
+  return spread_sm90(choice, m, n, device);
 }
 
 // sm_80: 128 x 128 tiles move half the bytes of 64 x 64 ones per FLOP, but only pay when there is
@@ -148,30 +156,24 @@ constexpr GemmChoice choose_gemm(int64_t m, int64_t n, bool aligned, const Devic
   return choice;
 }
 
-// Tiles of the single launch: cooperative, without clusters, 256 columns where every SM gets one.
+// Tiles of the single launch: cooperative, 256 columns where every SM gets one.
 constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFacts& device) {
   GemmChoice choice;
   choice.kernel = GemmKernel::kCooperative;
   choice.block_m = kSingleLaunchRows;
-  const int64_t rows = ceil_div(m, kSingleLaunchRows);
-  choice.block_n = rows * ceil_div(n, 256) >= device.num_sms ? 256 : 64;
-  choice.tiles = rows * ceil_div(n, choice.block_n);
-  choice.ctas = choice.tiles < device.num_sms ? choice.tiles : device.num_sms;
-  choice.raster_rows = square_raster(choice.ctas, choice.block_m, choice.block_n, 1);
-  return choice;
+  const int64_t wide = ceil_div(m, kSingleLaunchRows) * ceil_div(n, 256);
+  choice.block_n = wide >= device.num_sms ? 256 : 64;
+  return spread_sm90(choice, m, n, device);
 }
 
-// It spares a launch and the second pass over x (or dy), about 10 us, but its CTAs share no tiles
-// of W in clusters: a twentieth of the time of a long GEMM, at most 10 us up to four waves of wide
-// tiles. n: columns of y, or of dx.
-constexpr bool fits_single_launch(const LoraLinearShape& p, int64_t n, const DeviceFacts& device) {
+// It spares a launch and the second pass over x (or dy), and costs nothing: its GEMM has the tiles
+// and clusters of the one in two launches, and R / n more products, which the pass would have too.
+constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
   if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
   if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
     return false;
   if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return false;
-  const int64_t row_tiles = ceil_div(p.m, kSingleLaunchRows);
-  return row_tiles <= kSingleLaunchRowTiles &&
-         row_tiles * ceil_div(n, 256) <= int64_t{4} * device.num_sms;
+  return ceil_div(p.m, kSingleLaunchRows) <= kSingleLaunchRowTiles;
 }
 
 constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -182,17 +184,17 @@ constexpr ForwardPath choose_forward(const LoraLinearShape& p, const DeviceFacts
   // v projections).
   const int64_t tiles = ceil_div(p.m, 64) * ceil_div(p.n, 64);
   if (!p.factor_float && p.n <= 512 && tiles <= device.num_sms) return ForwardPath::kFusedDown;
-  return fits_single_launch(p, p.n, device) ? ForwardPath::kSingleLaunch
-                                            : ForwardPath::kTwoLaunches;
+  return fits_single_launch(p, device) ? ForwardPath::kSingleLaunch : ForwardPath::kTwoLaunches;
 }
 
 // How many CTAs split the k of a tile on sm_90. x and W are read at full rate only with megabytes
 // under way, so as many as are resident at once: two an SM, a cluster's within one GPC, whose SMs
-// are taken to be a multiple of the cluster. A CTA without a k-block would only wait.
-constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& device) {
+// are taken to be a multiple of the cluster. A CTA without `least` k-blocks would only wait.
+constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& device,
+                                 int64_t least = 1) {
   int32_t cluster = kMaxCluster;
   while (cluster > 1 &&
-         (tiles > 2 * (device.num_sms / cluster) || ceil_div(k, kSkinnyBlockK) < cluster))
+         (tiles > 2 * (device.num_sms / cluster) || ceil_div(k, kSkinnyBlockK) < least * cluster))
     cluster /= 2;
   return cluster;
 }
@@ -200,12 +202,11 @@ constexpr int32_t choose_cluster(int64_t tiles, int64_t k, const DeviceFacts& de
 // The sm_80 kernels remain for rows that TMA cannot address (16-byte steps) and for devices with
 // clusters but less shared memory (sm_120: 99 KiB).
 constexpr bool has_skinny_sm90(const LoraLinearShape& p, const DeviceFacts& device) {
-  return device.major >= 9 && device.shared_per_block >= kSkinnySharedBytes && p.aligned &&
-         p.lora_a_aligned && p.k > 0;
+  return device.major >= 9 && device.shared_per_block >= kSkinnySharedBytes && p.aligned && p.k > 0;
 }
 
 constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts& device) {
-  if (!has_skinny_sm90(p, device)) return {0, ceil_div(p.n, kDecodeColumns)};
+  if (!has_skinny_sm90(p, device) || !p.lora_a_aligned) return {0, ceil_div(p.n, kDecodeColumns)};
   const int64_t tiles = ceil_div(p.n, kDecodeBlockN);
   const int32_t cluster = choose_cluster(tiles, p.k, device);
   return {cluster, tiles * cluster};
@@ -214,7 +215,9 @@ constexpr DecodeChoice choose_decode(const LoraLinearShape& p, const DeviceFacts
 constexpr SkinnyChoice choose_down(const LoraLinearShape& p, const DeviceFacts& device) {
   SkinnyChoice choice = {rank_tile(p.r, 256), 1, ceil_div(p.m, 16), 1};
   // A tile of 256 ranks would be 128 accumulators a thread, and spills.
-  if (choice.rank > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
+  if (choice.rank > 64 || !has_skinny_sm90(p, device) || !p.lora_a_aligned ||
+      p.m > kLargestTensorRow)
+    return choice;
   const int64_t tiles = ceil_div(p.m, kDownRows);
   choice.row_blocks = kDownRows / 16;
   choice.cluster = choose_cluster(tiles, p.k, device);
@@ -222,14 +225,44 @@ constexpr SkinnyChoice choose_down(const LoraLinearShape& p, const DeviceFacts& 
   return choice;
 }
 
-// Rows of dy per CTA: many, since each CTA writes a partial dlora_b; few where there would be too
-// few CTAs to fill half the device.
-constexpr SkinnyChoice choose_dy_pass(int64_t m, int64_t r, bool factor_float,
-                                      const DeviceFacts& device) {
-  const int32_t tile = rank_tile(r, 256);
-  int32_t blocks = tile == 16 ? 4 : tile == 64 ? (factor_float ? 2 : 4) : 1;
-  if (tile == 16 && 2 * ceil_div(m, 64) < device.num_sms) blocks = 1;
-  return {tile, blocks, ceil_div(m, 16 * blocks), 1};
+// Blocks of 64 rows or columns for a CTA of the sm_90 backward passes: swapping the sums of a
+// cluster costs as much as reading one.
+constexpr int64_t kLeastPassBlocks = 4;
+
+constexpr int64_t dy_row_tiles(int64_t m, const SkinnyChoice& dy_pass) {
+  return ceil_div(m, 16 * dy_pass.row_blocks);
+}
+
+// Rows of dy per tile: many, since each tile writes a partial dlora_b; few where there would be too
+// few CTAs to fill half the device, or where float32 factors take the shared memory and registers.
+constexpr SkinnyChoice choose_dy_pass(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int32_t rank = rank_tile(p.r, 256);
+  if (rank <= 64 && has_skinny_sm90(p, device) && p.lora_b_aligned && p.m <= kLargestTensorRow) {
+    SkinnyChoice choice = {rank};
+    const bool few = kMaxCluster * ceil_div(p.m, 128) < device.num_sms;
+    choice.row_blocks = few || p.factor_float ? 4 : 8;
+    const int64_t tiles = dy_row_tiles(p.m, choice);
+    // Every CTA of a cluster reads the rows' s, in float32: a quarter of its bytes of dy at most.
+    const int64_t least = rank / 8 > kLeastPassBlocks ? rank / 8 : kLeastPassBlocks;
+    choice.cluster = choose_cluster(tiles, p.n, device, least);
+    choice.ctas = tiles * choice.cluster;
+    return choice;
+  }
+  int32_t blocks = rank == 16 ? 4 : rank == 64 ? (p.factor_float ? 2 : 4) : 1;
+  if (rank == 16 && 2 * ceil_div(p.m, 64) < device.num_sms) blocks = 1;
+  return {rank, blocks, ceil_div(p.m, 16 * blocks), 1};
+}
+
+constexpr SkinnyChoice choose_x_pass(const LoraLinearShape& p, const DeviceFacts& device) {
+  const int32_t tile = rank_tile(p.r, 128);
+  SkinnyChoice choice = {tile, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, tile))};
+  // 128 ranks would be 128 accumulators a thread, for which two CTAs an SM have no registers; read
+  // twice, x would be more bytes than the sm_80 kernel's.
+  if (tile > 64 || !has_skinny_sm90(p, device) || p.m > kLargestTensorRow) return choice;
+  const int64_t tiles = ceil_div(p.k, kSkinnyBlockK);
+  choice.cluster = choose_cluster(tiles, p.m, device, kLeastPassBlocks);
+  choice.ctas = tiles * choice.cluster;
+  return choice;
 }
 
 constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const DeviceFacts& device) {
@@ -241,15 +274,14 @@ constexpr LoraLinearPlan plan_lora_linear(const LoraLinearShape& p, const Device
     plan.gemm = choose_single_launch(p.m, p.n, device);
   else
     plan.gemm = choose_gemm(p.m, p.n, p.aligned && plan.forward != ForwardPath::kFusedDown, device);
-  const bool single = p.dx && fits_single_launch(p, p.k, device);
+  const bool single = p.dx && fits_single_launch(p, device);
   plan.backward = single ? BackwardPath::kSingleLaunch : BackwardPath::kPasses;
   plan.backward_launches = single ? 2 : 3;
   plan.gemm_backward =
       single ? choose_single_launch(p.m, p.k, device) : choose_gemm(p.m, p.k, p.aligned, device);
   plan.down = choose_down(p, device);
-  plan.dy_pass = choose_dy_pass(p.m, p.r, p.factor_float, device);
-  const int32_t x_rank = rank_tile(p.r, 128);
-  plan.x_pass = {x_rank, 0, ceil_div(p.k, 32), static_cast<int32_t>(ceil_div(p.r, x_rank))};
+  plan.dy_pass = choose_dy_pass(p, device);
+  plan.x_pass = choose_x_pass(p, device);
   return plan;
 }
 

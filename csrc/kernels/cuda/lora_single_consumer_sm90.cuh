@@ -20,9 +20,7 @@ struct LoraSingleConsumer {
   Product product;
   float down[Tile::kDown / 2];
 
-  __device__ void release(uint32_t stage) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.empty(stage));
-  }
+  __device__ void release(uint32_t stage) const { release_stage(shared, stage, p.cluster); }
   __device__ uint32_t* flag(int32_t m0) const {
     return &p.state->published[m0 / Tile::BLOCK_M][group * 4 + warp];
   }
@@ -151,12 +149,12 @@ struct LoraSingleConsumer {
     RingPlace<Tile::kTileSlots> slot;
     uint32_t next_buffer = 0;
     for (;;) {
-      const int32_t tile = take_tile(shared, slot);
+      const int32_t tile = take_tile<Tile, true>(shared, slot);
       if (tile < 0) break;
       int32_t m0, n0;
       place_tile<Tile>(p, tile, &m0, &n0);
       uint32_t a[Tile::kDown / 4];
-      if (tile < p.tiles_m) {
+      if (tile < cluster_rows(p)) {
         const uint32_t last = multiply_k<true>();
         product.template wait<0>();
         release(last);

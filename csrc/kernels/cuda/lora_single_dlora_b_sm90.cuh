@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/lora_backward_sm80.cuh"
 #include "kernels/cuda/lora_single_tile_sm90.cuh"
-#include "kernels/ptx/barrier.cuh"
+#include "kernels/ptx/warp.cuh"
 
 namespace fused_peft::cuda {
 
@@ -30,7 +30,7 @@ struct DLoraBWarps {
     const float* from = p.saved_s + (int64_t{m0} + first) * p.r + chunk * kChunk;
     const int rows = chunk * kChunk < p.r ? p.m - m0 - first : 0;
     const uint32_t target = ptx::shared_address(s_tile);
-    ptx::named_barrier_sync<kBarrier, kThreads>();  // the s of the tile before is not used any more
+    ptx::barrier_sync(kBarrier, kThreads);  // the s of the tile before is not used any more
 #pragma unroll 4
     for (int row = 0; row < Tile::BLOCK_M; row += kRows, from += kRows * p.r) {
       float4 s[2] = {};
@@ -43,7 +43,7 @@ struct DLoraBWarps {
                    {Traits::pack(s[0].x, s[0].y), Traits::pack(s[0].z, s[0].w),
                     Traits::pack(s[1].x, s[1].y), Traits::pack(s[1].z, s[1].w)});
     }
-    ptx::named_barrier_sync<kBarrier, kThreads>();
+    ptx::barrier_sync(kBarrier, kThreads);
   }
 
   // Ranks first .. first + 15 of this warp's columns of a block of dy.
@@ -90,11 +90,11 @@ struct DLoraBWarps {
     RingPlace<Tile::kStages> ring;
     RingPlace<Tile::kTileSlots> slot;
     for (;;) {
-      const int32_t tile = take_tile(shared, slot);
+      const int32_t tile = take_tile<Tile, true>(shared, slot);
       if (tile < 0) break;
       int32_t m0, n0;
       place_tile<Tile>(p, tile, &m0, &n0);
-      int32_t mine = p.dlora_b_parts ? n0 / Tile::BLOCK_N * Tile::BLOCK_K : p.k;
+      int32_t mine = p.dlora_b_parts && m0 < p.m ? n0 / Tile::BLOCK_N * Tile::BLOCK_K : p.k;
       if (mine < p.k) fill_s(m0);
       float* const part = p.dlora_b_parts + int64_t{m0 / Tile::BLOCK_M} * p.k * p.r;
       // The last stage is the update's.
@@ -106,7 +106,7 @@ struct DLoraBWarps {
           mine += p.tiles_n * Tile::BLOCK_K;
         }
         __syncwarp();
-        if (thread % 32 == 0) ptx::mbarrier_arrive(shared.empty(ring.stage));
+        release_stage(shared, ring.stage, p.cluster);
         ring.advance();
       }
     }

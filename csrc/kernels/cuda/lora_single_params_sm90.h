@@ -27,7 +27,8 @@ struct LoraSingleParams {
   CUtensorMap a, b, down, update, c;
   int32_t m = 0, n = 0, k = 0, r = 0;
   int32_t tiles_m = 0, tiles_n = 0;
-  int32_t raster_rows = 1;
+  int32_t raster_rows = 1;  // row tiles (pairs of them in clusters) of a column of the order
+  int32_t cluster = 1;      // CTAs, below one another: they share b
   double scaling = 1.0;
   const void* bias = nullptr;
   float* s = nullptr;  // [M, R], forward only

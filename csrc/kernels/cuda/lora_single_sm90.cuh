@@ -9,14 +9,17 @@
 // takes it from registers, where a tile of the first column has it already. For dlora_b, which two
 // warps of every CTA form beside that, see lora_single_dlora_b_sm90.cuh.
 //
-// No deadlock, however few CTAs are resident: tiles are taken in order from a counter, those of the
-// first column before all others. When a CTA takes another tile, each tile of the first column has
-// been taken by a CTA that runs. That CTA finishes it before the tile it took next, and nothing it
-// does for it waits for another CTA. So each wait ends.
+// In a cluster the two CTAs have row tiles below one another and share the tiles of b and the
+// update as in gemm_dual_sm90.cuh. The first one takes the tiles of both.
 //
-// The CTA that is the last to find no tile left sets the counter back and the epoch on: by then all
-// have read both. A launch that follows in the stream finds the state as the first one did, but for
-// the epoch.
+// No deadlock, however few clusters are resident: tiles are taken in order from a counter, those of
+// the first column before all others. When a cluster takes another tile, each tile of the first
+// column has been taken by a cluster that runs. That cluster finishes it before the tile it took
+// next, and nothing it does for it waits for another cluster. So each wait ends.
+//
+// The cluster that is the last to find no tile left sets the counter back and the epoch on: by then
+// all have read both. A launch that follows in the stream finds the state as the first one did, but
+// for the epoch.
 #pragma once
 
 #include "kernels/cuda/lora_single_consumer_sm90.cuh"
@@ -24,22 +27,43 @@
 
 namespace fused_peft::cuda {
 
-__device__ inline void leave(SingleLaunchState* state, uint32_t epoch) {
-  if (ptx::atomic_add_acq_rel(&state->finished, 1) != gridDim.x - 1) return;
+__device__ inline void leave(const LoraSingleParams& p, uint32_t epoch) {
+  SingleLaunchState* const state = p.state;
+  if (ptx::atomic_add_acq_rel(&state->finished, 1) != gridDim.x / p.cluster - 1) return;
   ptx::store_relaxed(&state->next_tile, 0);
   ptx::store_relaxed(&state->finished, 0);
   ptx::store_relaxed(&state->epoch, epoch + 1);
 }
 
-// BLOCK_N columns of b or of the update, from k and n0 on.
+// The cluster's next tile, from the counter to both CTAs. One thread of the first.
 template <class Tile>
-__device__ inline void load_b(uint32_t target, const CUtensorMap* map, int32_t k, int32_t n0,
-                              uint32_t full) {
-  if constexpr (Tile::kBKMajor) {
-    ptx::load_box(target, map, k, n0, full);
-  } else {
-    for (int32_t column = 0; column < Tile::BLOCK_N; column += kSwizzledColumns)
-      ptx::load_box(target + column * Tile::BLOCK_K * 2, map, n0 + column, k, full);
+__device__ inline void send_tile(const LoraSingleParams& p, const LoraSingleShared<Tile>& shared,
+                                 const RingPlace<Tile::kTileSlots>& slot) {
+  const auto taken = static_cast<int32_t>(ptx::atomic_add_relaxed(&p.state->next_tile, 1));
+  const int32_t tile = taken < cluster_rows(p) * p.tiles_n ? taken : -1;
+  ptx::mbarrier_wait_cluster(shared.tile_empty(slot.stage), slot.phase ^ 1);
+  if (p.cluster > 1)
+    ptx::store_async_u32(ptx::cluster_address(shared.tile(slot.stage), 1),
+                         static_cast<uint32_t>(tile),
+                         ptx::cluster_address(shared.tile_full(slot.stage), 1));
+  ptx::store_shared_u32(shared.tile(slot.stage), static_cast<uint32_t>(tile));
+  ptx::mbarrier_arrive(shared.tile_full(slot.stage));
+}
+
+// BLOCK_N columns of b or of the update, from k and n0 on: in a cluster this CTA's share, to all.
+template <class Tile>
+__device__ inline void load_b(const LoraSingleParams& p, uint32_t target, const CUtensorMap* map,
+                              int32_t k, int32_t n0, uint32_t full) {
+  const int32_t columns = Tile::BLOCK_N / p.cluster;
+  const int32_t box = Tile::kBKMajor ? columns : kSwizzledColumns;
+  const int32_t first = columns * static_cast<int32_t>(ptx::cluster_cta_rank());
+  for (int32_t column = first; column < first + columns; column += box) {
+    const uint32_t to = target + column * Tile::BLOCK_K * 2;
+    const int32_t x = Tile::kBKMajor ? k : n0 + column, y = Tile::kBKMajor ? n0 + column : k;
+    if (p.cluster == 1)
+      ptx::load_box(to, map, x, y, full);
+    else
+      ptx::load_box_multicast(to, map, x, y, full, 3);
   }
 }
 
@@ -52,37 +76,35 @@ __device__ void produce(const LoraSingleParams& p, const LoraSingleShared<Tile>&
   ptx::prefetch_tensor_map(&p.down);
   ptx::prefetch_tensor_map(&p.update);
   ptx::prefetch_tensor_map(&p.c);
+  const bool leader = ptx::cluster_cta_rank() == 0;
   RingPlace<Tile::kStages> ring;
   RingPlace<Tile::kTileSlots> slot;
   for (;;) {
-    const auto taken = static_cast<int32_t>(ptx::atomic_add_relaxed(&p.state->next_tile, 1));
-    const int32_t tile = taken < p.tiles_m * p.tiles_n ? taken : -1;
-    ptx::mbarrier_wait(shared.tile_empty(slot.stage), slot.phase ^ 1);
-    ptx::store_shared_u32(shared.tile(slot.stage), static_cast<uint32_t>(tile));
-    ptx::mbarrier_arrive(shared.tile_full(slot.stage));
-    slot.advance();
+    if (leader)
+      send_tile(p, shared, slot);
+    else
+      ptx::mbarrier_arrive_expect(shared.tile_full(slot.stage), 4);
+    const int32_t tile = take_tile<Tile, false>(shared, slot);
     if (tile < 0) break;
     int32_t m0, n0;
     place_tile<Tile>(p, tile, &m0, &n0);
-    const bool first_column = tile < p.tiles_m;
     for (int32_t k = 0; k < p.k; k += Tile::BLOCK_K) {
       const uint32_t full = shared.full(ring.stage);
       ptx::mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(full,
-                                  Tile::kStageBytes - (first_column ? 0 : Tile::kStageBytesDown));
+      ptx::mbarrier_arrive_expect(full, Tile::kStageBytes - (n0 == 0 ? 0 : Tile::kStageBytesDown));
       ptx::load_box(shared.a(ring.stage), &p.a, k, m0, full);
-      load_b<Tile>(shared.b(ring.stage), &p.b, k, n0, full);
-      if (first_column)
+      load_b<Tile>(p, shared.b(ring.stage), &p.b, k, n0, full);
+      if (n0 == 0)
         ptx::load_box(shared.down(ring.stage), &p.down, Tile::kBKMajor ? k : 0,
                       Tile::kBKMajor ? 0 : k, full);
       ring.advance();
     }
     ptx::mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
     ptx::mbarrier_arrive_expect(shared.full(ring.stage), Tile::kUpdateBytes);
-    load_b<Tile>(shared.b(ring.stage), &p.update, 0, n0, shared.full(ring.stage));
+    load_b<Tile>(p, shared.b(ring.stage), &p.update, 0, n0, shared.full(ring.stage));
     ring.advance();
   }
-  leave(p.state, epoch);
+  if (leader) leave(p, epoch);
 }
 
 // R a multiple of 8, at most Tile::kDown; rows of all operands multiples of 16 bytes.
@@ -92,8 +114,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char dynamic[];
   const LoraSingleShared<Tile> shared(dynamic);
   const uint32_t epoch = ptx::load_relaxed(&p.state->epoch);
-  if (threadIdx.x == 0) shared.init_barriers();
-  __syncthreads();
+  if (threadIdx.x == 0) shared.init_barriers(static_cast<uint32_t>(p.cluster));
+  if (p.cluster > 1)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
   if (group < 0) {
     ptx::registers_shrink<Tile::kProducerRegisters>();
@@ -115,6 +140,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     consumer.run();
     __syncwarp();
   }
+  // The other CTA still copies into this one's shared memory and arrives at its barriers.
+  if (p.cluster > 1) ptx::cluster_sync();
 }
 
 }  // namespace fused_peft::cuda

@@ -25,13 +25,15 @@ Status launch_single(LoraSingleParams& params, const LoraLinearParams& p, int64_
   params.tiles_m = static_cast<int32_t>(ceil_div(p.m, Tile::BLOCK_M));
   params.tiles_n = static_cast<int32_t>(ceil_div(n, Tile::BLOCK_N));
   params.raster_rows = choice.raster_rows;
+  params.cluster = choice.cluster;
   params.scaling = p.scaling;
   params.state = static_cast<SingleLaunchState*>(context.single_launch_state);
   for (const SingleOperand& operand : operands)
     if (const Status status = encode_tensor_map(operand.tiling, operand.map); status != Status::kOk)
       return status;
-  return launch(lora_single_sm90_kernel<Element, Tile>, dim3(unsigned(choice.ctas)), Tile::kThreads,
-                Tile::kSharedBytes, context, false, params);
+  return launch_clusters(lora_single_sm90_kernel<Element, Tile>, dim3(unsigned(choice.ctas)),
+                         choice.cluster, Tile::kThreads, Tile::kSharedBytes, context, false,
+                         params);
 }
 
 template <class Element, class Tile>
@@ -47,9 +49,9 @@ Status launch_forward_tile(const LoraLinearForward& args, const GemmChoice& choi
   return launch_single<Element, Tile>(
       single, p, p.n, p.k,
       {{rows(p.x, p.m, p.k, Tile::BLOCK_M), &single.a},
-       {rows(p.weight, p.n, p.k, Tile::BLOCK_N), &single.b},
+       {rows(p.weight, p.n, p.k, Tile::BLOCK_N / choice.cluster), &single.b},
        {rows(p.lora_a, p.r, p.k, Tile::kDown), &single.down},
-       {rows(p.lora_b, p.n, p.r, Tile::BLOCK_N), &single.update},
+       {rows(p.lora_b, p.n, p.r, Tile::BLOCK_N / choice.cluster), &single.update},
        {{args.y, p.m, p.n, args.y_row_stride, Tile::kStoreBoxRows, p.x.dtype}, &single.c}},
       choice, context);
 }

@@ -26,44 +26,52 @@ struct LoraSingleShared {
   __device__ uint32_t tile(uint32_t slot) const {
     return tile_full(2 * Tile::kTileSlots) + 4 * slot;
   }
-  __device__ void init_barriers() const {
+  // cluster: CTAs whose warps use each other's stages, and the tiles that the first one takes.
+  __device__ void init_barriers(uint32_t cluster) const {
     for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(full(stage), 1);
-      ptx::mbarrier_init(empty(stage), Tile::kWarps + Tile::kSideWarps);
+      ptx::mbarrier_init(empty(stage), (Tile::kWarps + Tile::kSideWarps) * cluster);
     }
     for (uint32_t slot = 0; slot < Tile::kTileSlots; ++slot) {
       ptx::mbarrier_init(tile_full(slot), 1);
-      ptx::mbarrier_init(tile_empty(slot), Tile::kWarps + Tile::kSideWarps);
+      ptx::mbarrier_init(tile_empty(slot), (Tile::kWarps + Tile::kSideWarps + 1) * cluster);
     }
     ptx::mbarrier_init_fence();
   }
 };
 
+// Rows of tiles that a cluster takes at once.
+__device__ inline int32_t cluster_rows(const LoraSingleParams& p) {
+  return (p.tiles_m + p.cluster - 1) / p.cluster;
+}
+
 // The first column's tiles, then the others down columns of raster_rows, as in TileWalk.
 template <class Tile>
 __device__ inline void place_tile(const LoraSingleParams& p, int32_t index, int32_t* m0,
                                   int32_t* n0) {
-  if (index < p.tiles_m) {
-    *m0 = index * Tile::BLOCK_M;
-    *n0 = 0;
-    return;
+  const int32_t rows = cluster_rows(p);
+  int32_t row = index, column = 0;
+  if (index >= rows) {
+    const int32_t columns = p.tiles_n - 1, rest = index - rows;
+    const int32_t group = rest / (p.raster_rows * columns), first = group * p.raster_rows;
+    const int32_t height = min(p.raster_rows, rows - first);
+    const int32_t inside = rest - first * columns;
+    row = first + inside % height;
+    column = 1 + inside / height;
   }
-  const int32_t columns = p.tiles_n - 1, rest = index - p.tiles_m;
-  const int32_t group = rest / (p.raster_rows * columns), first = group * p.raster_rows;
-  const int32_t height = min(p.raster_rows, p.tiles_m - first);
-  const int32_t inside = rest - first * columns;
-  *m0 = (first + inside % height) * Tile::BLOCK_M;
-  *n0 = (1 + inside / height) * Tile::BLOCK_N;
+  *m0 = (row * p.cluster + static_cast<int32_t>(ptx::cluster_cta_rank())) * Tile::BLOCK_M;
+  *n0 = column * Tile::BLOCK_N;
 }
 
-// What each warp but the producer's does first: the next tile, -1 behind the last.
-template <class Tile>
+// What every warp does first, the producer's by one thread: the next tile, -1 behind the last.
+template <class Tile, bool kWholeWarp>
 __device__ inline int32_t take_tile(const LoraSingleShared<Tile>& shared,
                                     RingPlace<Tile::kTileSlots>& slot) {
   ptx::mbarrier_wait(shared.tile_full(slot.stage), slot.phase);
   const auto tile = static_cast<int32_t>(ptx::load_shared_u32(shared.tile(slot.stage)));
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.tile_empty(slot.stage));
+  if (kWholeWarp) __syncwarp();
+  if (!kWholeWarp || threadIdx.x % 32 == 0)
+    ptx::mbarrier_arrive_cluster_after_reads(shared.tile_empty(slot.stage), 0);
   slot.advance();
   return tile;
 }

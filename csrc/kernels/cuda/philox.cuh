@@ -30,6 +30,13 @@ struct Dropout {
   uint32_t threshold = 0;
 };
 
+// Four bits: which elements of a counter are kept.
+__device__ inline uint32_t keep_counter(uint64_t seed, uint32_t threshold, uint64_t counter) {
+  const uint4 words = philox4x32(seed, counter);
+  return uint32_t{words.x >= threshold} | uint32_t{words.y >= threshold} << 1 |
+         uint32_t{words.z >= threshold} << 2 | uint32_t{words.w >= threshold} << 3;
+}
+
 // Bit i: whether element first + i is kept, for i < Count, at most 32.
 template <int Count>
 __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, uint64_t first) {
@@ -38,13 +45,21 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, uint64_t
   uint64_t bits = 0;
 #pragma unroll 1
   for (int i = 0; 4 * i < Count + shift; ++i) {
-    const uint4 words = philox4x32(seed, (first >> 2) + static_cast<uint64_t>(i));
-    const uint32_t nibble = uint32_t{words.x >= threshold} | uint32_t{words.y >= threshold} << 1 |
-                            uint32_t{words.z >= threshold} << 2 |
-                            uint32_t{words.w >= threshold} << 3;
-    bits |= uint64_t{nibble} << (4 * i);
+    bits |= uint64_t{keep_counter(seed, threshold, (first >> 2) + static_cast<uint64_t>(i))}
+            << (4 * i);
   }
   return static_cast<uint32_t>(bits >> shift);
+}
+
+// The same where first is a multiple of four: the counters do not depend on one another.
+template <int Count>
+__device__ inline uint32_t keep_bits_whole(uint64_t seed, uint32_t threshold, uint64_t first) {
+  static_assert(Count % 4 == 0 && Count <= 32);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < Count / 4; ++i)
+    bits |= keep_counter(seed, threshold, first / 4 + static_cast<uint64_t>(i)) << (4 * i);
+  return bits;
 }
 
 }  // namespace fused_peft::cuda

@@ -91,8 +91,8 @@ __device__ inline void multiply_rows(float (&acc)[kBlocks][4], const RowPair<Ele
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) b[i] = i < valid ? __ldg(pointer + i) : 0.f;
       }
-      mma16_float_b<Element>(acc[j], first, {b[0], b[1]}, {b[2], b[3]});
-      mma16_float_b<Element>(acc[j], second, {b[4], b[5]}, {b[6], b[7]});
+      mma16_float_b<Element>(acc[j], first, FloatTerms({b[0], b[1]}, {b[2], b[3]}));
+      mma16_float_b<Element>(acc[j], second, FloatTerms({b[4], b[5]}, {b[6], b[7]}));
     }
   }
 }

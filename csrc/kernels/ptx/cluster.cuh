@@ -26,11 +26,30 @@ __device__ inline uint32_t cluster_address(uint32_t shared, uint32_t cta_rank) {
   return remote;
 }
 
-// A float at such an address.
+// A float at such an address, or four.
 __device__ inline float load_cluster(uint32_t remote) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(remote) : "memory");
   return value;
+}
+
+// A word to such an address of another CTA, its bytes reported to the barrier at `remote_barrier`,
+// of that CTA too.
+__device__ inline void store_async_u32(uint32_t remote, uint32_t value, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\n" ::"r"(
+          remote),
+      "r"(value), "r"(remote_barrier)
+      : "memory");
+}
+
+__device__ inline float4 load_cluster_v4(uint32_t remote) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
+  return v;
 }
 
 // The two halves of cluster_sync.

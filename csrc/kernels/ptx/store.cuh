@@ -10,6 +10,16 @@ __device__ inline void store_global_v2(float* global, float a, float b) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};\n" ::"l"(global), "f"(a), "f"(b) : "memory");
 }
 
+__device__ inline void store_global_v2(void* global, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(global), "r"(a), "r"(b) : "memory");
+}
+
+__device__ inline void store_global_v4(float* global, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 __device__ inline void store_global_v4(void* global, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)

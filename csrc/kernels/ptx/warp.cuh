@@ -1,4 +1,4 @@
-// What concerns a warp as such (sm_90): one of its lanes, its registers.
+// What concerns warps as such (sm_90): one of their lanes, their registers, a barrier of some.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,11 @@ __device__ inline void registers_shrink() {
 template <int kRegisters>
 __device__ inline void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// So many threads of the CTA, whole warps; barrier 0 is that of __syncthreads.
+__device__ inline void barrier_sync(uint32_t barrier, uint32_t threads) {
+  asm volatile("barrier.cta.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace fused_peft::ptx

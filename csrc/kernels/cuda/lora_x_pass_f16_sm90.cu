@@ -1,0 +1,6 @@
+#include "kernels/cuda/lora_x_pass_sm90.inl"
+
+namespace fused_peft::cuda {
+FUSED_PEFT_INSTANTIATE_X_PASS(__half, __half)
+FUSED_PEFT_INSTANTIATE_X_PASS(__half, float)
+}  // namespace fused_peft::cuda
