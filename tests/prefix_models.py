@@ -93,6 +93,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         "CAUSAL_LM",
     ),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**GQA, "head_dim": 8}, "CAUSAL_LM"),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
