@@ -61,8 +61,8 @@ from finetune_smollm2 import (
     settings_of,
 )
 from methods import METHODS
-from results import ADAPTER, versions, write_json
-from training import Progress, keep_freed_memory, read_state
+from results import ADAPTER, Progress, versions, write_json
+from training import keep_freed_memory, read_state
 
 import fused_peft
 import fused_peft.distributed

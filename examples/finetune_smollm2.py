@@ -36,10 +36,16 @@ from docstring_data import (
     standard_library_docstrings,
 )
 from methods import METHODS
-from results import figures, print_and_judge, print_samples, restart_peak_memory, write_results
+from results import (
+    Progress,
+    figures,
+    print_and_judge,
+    print_samples,
+    restart_peak_memory,
+    write_results,
+)
 from training import (
     Interrupt,
-    Progress,
     Settings,
     Trainer,
     held_out_loss,

@@ -1,4 +1,4 @@
-"""What a fine-tuning run reports: figures, samples, the plot of its loss, its peak memory."""
+"""What a fine-tuning run reports: progress, figures, samples, the plot of its loss, peak memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,30 @@ from fused_peft.checkpoint import WEIGHTS_NAME
 
 ADAPTER = "adapter"
 FIGURES = "figures.json"
+
+
+class Progress:
+    """A progress bar with the recent loss, the speed and the time left."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        self.bar = tqdm(
+            total=trainer.settings.steps,
+            initial=trainer.step,
+            unit="step",
+            dynamic_ncols=True,
+            # A log file gets a line's worth now and then, a terminal a moving bar.
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Moves on by one step."""
+        # update() says whether it drew; the loss is read from the tensor only then.
+        if self.bar.update(1):
+            recent = trainer.losses[max(0, trainer.step - 20) : trainer.step].mean().item()
+            speed = trainer.tokens / trainer.seconds
+            self.bar.set_postfix_str(f"loss {recent:.3f}, {speed:.0f} tokens/s")
 
 
 def restart_peak_memory() -> None:

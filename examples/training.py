@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -385,30 +384,3 @@ def read_state(path: Path, settings: Settings) -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-
-
-# ------------------------------------------------------------------------------- display
-
-
-class Progress:
-    """A progress bar with the recent loss, the speed and the time left."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        self.bar = tqdm(
-            total=trainer.settings.steps,
-            initial=trainer.step,
-            unit="step",
-            dynamic_ncols=True,
-            # A log file gets a line's worth now and then, a terminal a moving bar.
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        )
-
-    def __call__(self, trainer: Trainer) -> None:
-        """Moves on by one step."""
-        # update() says whether it drew; the loss is read from the tensor only then.
-        if self.bar.update(1):
-            recent = trainer.losses[max(0, trainer.step - 20) : trainer.step].mean().item()
-            speed = trainer.tokens / trainer.seconds
-            self.bar.set_postfix_str(f"loss {recent:.3f}, {speed:.0f} tokens/s")

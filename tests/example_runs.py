@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import docstring_data
 import finetune_smollm2
+import results
 import training
 from docstring_data import Corpus, Example
 from methods import METHODS
@@ -117,7 +118,7 @@ def figures(out: Path) -> dict[str, Any]:
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
     """Makes runs in this process call ``action`` after a step."""
 
-    class Acting(training.Progress):
+    class Acting(results.Progress):
         def __call__(self, trainer: training.Trainer) -> None:
             super().__call__(trainer)
             if trainer.step == step:

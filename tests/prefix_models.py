@@ -93,6 +93,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         "CAUSAL_LM",
     ),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**GQA, "head_dim": 8}, "CAUSAL_LM"),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -219,3 +220,15 @@ class Words:
 
     def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
+
+
+def rand(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def before(tokens: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    if x.dim() == 2:
+        return torch.cat((tokens, x))
+    if batch_first:
+        return torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
+    return torch.cat((tokens[:, None].expand(-1, x.shape[1], -1), x), dim=0)

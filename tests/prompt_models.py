@@ -59,8 +59,8 @@ def logits(model: nn.Module, kind: str = "llama") -> Tensor:
     return result
 
 
-def close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
+def close(got: Tensor, wanted: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5, msg=lambda m: f"{what}: {m}")
 
 
 def names(directory: Path) -> list[str]:

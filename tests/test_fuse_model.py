@@ -12,13 +12,13 @@ import sys
 import prefix_models
 import pytest
 import torch
+from fused_models import assert_not_worse, assert_same, build, run
 from torch import nn
 
 import fused_peft
 from fused_peft import fuse_model, unfuse_model
 
 pytest.importorskip("transformers")
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 COUNTS = {
     "llama": {"attention": 2, "rms_norm": 5, "mlp": 2, "loss": 1},
@@ -31,67 +31,6 @@ COUNTS = {
     "t5": {"attention": 9, "rms_norm": 0, "mlp": 0, "loss": 0},
 }
 TRAINED = ["llama", "qwen2", "mistral", "gemma", "gpt2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _gemma():
-    arguments = {**prefix_models.GQA, "head_dim": 8}
-    prefix_models.KINDS["gemma"] = ("GemmaForCausalLM", "GemmaConfig", arguments, "CAUSAL_LM")
-    yield
-    del prefix_models.KINDS["gemma"]
-
-
-def build(kind, adapter=None, dtype=torch.float32):
-    """A model with norm weights that are not all alike and, if asked for, an adapter."""
-    model = prefix_models.model(kind)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and "norm" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    if adapter == "lora":
-        fused_peft.get_peft_model(model, fused_peft.LoraConfig(r=4, target_modules="all-linear"))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    elif adapter == "prefix":
-        fused_peft.get_peft_model(model, fused_peft.PrefixTuningConfig(num_virtual_tokens=3))
-    return model.to(dtype)
-
-
-def run(model, **changed):
-    """Logits, loss, and the gradients of the inputs and of everything trained."""
-    ids = prefix_models.tokens()
-    labels = ids.clone()
-    labels[1, 2:5] = -100
-    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model.zero_grad()
-    out = model(**{"inputs_embeds": embeds, "labels": labels, "use_cache": False, **changed})
-    out.loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach(), "loss": out.loss.detach(), "x": embeds.grad, **gradients}
-
-
-def assert_same(fused, plain):
-    assert fused.keys() == plain.keys()
-    for name, value in plain.items():
-        scale = value.abs().max().item()
-        torch.testing.assert_close(
-            fused[name], value, rtol=1e-5, atol=2e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def assert_not_worse(fused, plain, exact):
-    """No further from ``exact`` over all tensors; single ones, of few elements, vary by chance."""
-    assert fused.keys() == plain.keys() == exact.keys()
-    errors = {"fused": [], "plain": []}
-    for name, value in exact.items():
-        for kind, result in (("fused", fused), ("plain", plain)):
-            errors[kind].append(((result[name].double() - value).norm() / value.norm()).item())
-        assert errors["fused"][-1] <= 2 * errors["plain"][-1] + 2.0**-9, name
-    ours, theirs = (torch.tensor(e).square().mean().sqrt().item() for e in errors.values())
-    assert ours <= 1.1 * theirs
 
 
 @pytest.mark.parametrize("kind", COUNTS)
@@ -154,98 +93,6 @@ def test_adapters_before_or_after():
     assert fuse_model(model) == COUNTS["llama"]
     model.load_state_dict(build("llama", "lora").state_dict())
     assert_same(run(model), plain)
-
-
-# ---- the loss ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("items", [None, 7, torch.tensor(11)])
-@pytest.mark.parametrize("ignore_index", [-100, 5])
-def test_loss_is_that_of_transformers(items, ignore_index, shifted):
-    model = build("llama")
-    ours = (fuse_model(model), model.loss_function)[1]
-    assert ours is not ForCausalLMLoss
-    generator = torch.Generator().manual_seed(1)
-    logits = 5 * torch.randn(3, 6, 40, generator=generator)
-    labels = torch.randint(0, 40, (3, 6), generator=generator)
-    labels[0, 2] = labels[2, 5] = labels[1, 0] = ignore_index
-    results = []
-    for function in (ours, ForCausalLMLoss):
-        x = logits.clone().requires_grad_()
-        given = {"labels": None, "shift_labels": labels} if shifted else {"labels": labels}
-        loss = function(
-            x, vocab_size=40, num_items_in_batch=items, ignore_index=ignore_index, **given
-        )
-        loss.backward()
-        results.append((loss, x.grad))
-    for ours_, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours_, theirs, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("items", [None, 4])
-def test_all_labels_ignored(items):
-    model = build("llama", "lora")
-    labels = torch.full((3, 9), -100)
-    given = {"labels": labels, "num_items_in_batch": items}
-    plain = run(model, **given)
-    fuse_model(model)
-    fused = run(model, **given)
-    assert plain["loss"].isnan() == (items is None)
-    for name, value in plain.items():
-        if name != "logits":
-            torch.testing.assert_close(fused[name], value, equal_nan=True, rtol=0, atol=0)
-
-
-def test_accumulated_steps_as_trainer_takes_them():
-    model = build("llama", "lora")
-    ids = prefix_models.tokens(rows=4)
-    labels = ids.clone()
-    labels[0, :7] = -100
-    count = (labels[:, 1:] != -100).sum()
-    whole = run(model, inputs_embeds=None, input_ids=ids, labels=labels)
-    fuse_model(model)
-    model.zero_grad()
-    for rows in (slice(0, 1), slice(1, 4)):
-        model(input_ids=ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    summed = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_same(summed, {n: whole[n] for n in summed})
-
-
-def test_loss_makes_no_float32_copy_of_bfloat16_logits():
-    model = build("llama")
-    fuse_model(model)
-    seen = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            seen.extend(t for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))
-            return out
-
-    logits = torch.randn(2, 6, 40, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(0, 40, (2, 6))
-    with Watch():
-        loss = model.loss_function(logits, labels, vocab_size=40)
-        (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.dtype == torch.bfloat16
-    assert loss.dtype == torch.float32
-    assert not [t for t in seen if t.numel() >= logits.numel() and t.dtype == torch.float32]
-
-
-def test_another_loss_is_left_alone():
-    model = build("llama")
-
-    def other(logits, labels, vocab_size, **kwargs):
-        return logits.sum()
-
-    model.loss_function = other
-    assert fuse_model(model)["loss"] == 0
-    assert model.loss_function is other
-    model.loss_function = ForCausalLMLoss
-    assert fuse_model(model)["loss"] == 1
-    unfuse_model(model)
-    assert model._loss_function is ForCausalLMLoss
 
 
 # ---- what is left alone --------------------------------------------------------------------------

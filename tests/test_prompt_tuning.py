@@ -8,13 +8,13 @@ from typing import Any
 import prefix_models as models
 import pytest
 import torch
+from prompt_models import P, close, config
 from torch import Tensor, nn
 
 import fused_peft
-from fused_peft import LoraConfig, PromptTuningConfig, PTuningConfig
+from fused_peft import LoraConfig, PromptTuningConfig
 
 peft = pytest.importorskip("peft")
-P = 3
 KINDS = ["llama", "mistral", "qwen2", "gpt2", "bert", "t5", "bart"]
 METHODS = ["prompt", "MLP", "LSTM"]
 # PEFT warns of the position ids it drops, transformers of what PEFT calls.
@@ -22,13 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-def config(method: str, kind: str, **fields: Any) -> Any:
-    fields = {"num_virtual_tokens": P, "task_type": models.task(kind), **fields}
-    if method == "prompt":
-        return PromptTuningConfig(**fields)
-    return PTuningConfig(encoder_reparameterization_type=method, encoder_hidden_size=20, **fields)
 
 
 def peft_model(method: str, kind: str, base: nn.Module) -> Any:
@@ -50,10 +43,6 @@ def pair(method: str, kind: str, **changed: Any) -> tuple[Any, Any]:
             parameter.normal_(std=0.3)
     prompt.load_state_dict(theirs_prompt.state_dict())
     return ours.eval(), theirs
-
-
-def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
-    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("padded", [None, "left", "right", "both"])
@@ -337,183 +326,6 @@ def test_copy_has_a_prompt_of_its_own(kind: str) -> None:
     before = other.generate(ids, **options)
     fused_peft.delete_adapter(ours, "default")
     assert torch.equal(other.generate(ids, **options), before)
-
-
-# P-tuning's cloze template
-
-
-def test_template_puts_the_prompt_where_the_pseudo_token_is() -> None:
-    template = config("MLP", "llama", cloze_template=(1, 2, 0), prompt_token_id=99)
-    ours = fused_peft.get_peft_model(models.model("llama"), template)
-    rows = [template.fill_template([5, 6, 7], [8]), template.fill_template([9], [10, 11, 12])]
-    assert rows == [[99, 5, 6, 7, 99, 99, 8], [99, 9, 99, 99, 10, 11, 12]]
-    ids = torch.tensor(rows)
-    prompt = ours.prompt_adapters.current.virtual_tokens()
-    embed = ours.get_input_embeddings()
-    first = torch.cat([prompt[:1], embed(ids[0, 1:4]), prompt[1:], embed(ids[0, 6:])])
-    second = torch.cat([prompt[:1], embed(ids[1, 1:2]), prompt[1:], embed(ids[1, 4:])])
-    labels = ids.masked_fill(ids == 99, -100)
-    got = ours(ids, labels=ids)
-    with fused_peft.disable_adapter(ours):
-        want = ours(inputs_embeds=torch.stack([first, second]), labels=labels)
-    close(got.logits, want.logits)
-    close(got.loss, want.loss)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    static = ours.generate(ids, cache_implementation="static", **options)
-    assert ours.generate(ids, use_cache=False, **options).tolist() == static.tolist()
-
-
-@pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_template_in_an_encoder(kind: str) -> None:
-    ours = fused_peft.get_peft_model(models.model(kind), config("LSTM", kind, prompt_token_id=-1))
-    ids = models.tokens()
-    ids[:, [0, 4, 8]] = -1
-    embeds = ours.get_input_embeddings()(ids.clamp(min=0))
-    embeds[:, [0, 4, 8]] = ours.prompt_adapters.current.virtual_tokens()
-    rest = {} if kind == "bert" else {"decoder_input_ids": models.tokens(length=4)}
-    got = ours(ids, attention_mask=torch.ones_like(ids), **rest).logits
-    ours.prompt_adapters.enabled = False  # the head stays
-    close(got, ours(inputs_embeds=embeds, **rest).logits)
-
-
-def test_row_without_its_pseudo_tokens_is_an_error() -> None:
-    ours = fused_peft.get_peft_model(
-        models.model("llama"), config("MLP", "llama", prompt_token_id=39)
-    )
-    ids = torch.tensor([[39, 39, 39, 5], [39, 39, 6, 5]])
-    with pytest.raises(ValueError, match=r"prompt_token_id 39 \[3, 2\] times.*expected .*3, in"):
-        ours(ids)
-    with pytest.raises(ValueError, match="input_ids is None"):
-        ours(inputs_embeds=torch.zeros(1, 4, 32))
-
-
-# The start of the prompt
-
-
-class Words:
-    """A tokenizer of words that are numbers; "<s>" goes first."""
-
-    unk_token_id = 3
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [int(word) if word.isdigit() else self.unk_token_id for word in text.split()]
-        return {"input_ids": [1, *ids] if add_special_tokens else ids}
-
-
-def started(**fields: Any) -> tuple[Tensor, Tensor]:
-    """The prompt of a new adapter and the model's embeddings."""
-    base = models.model("llama")
-    fields = {"num_virtual_tokens": 5, **fields}
-    ours = fused_peft.get_peft_model(base, PromptTuningConfig(**fields), tokenizer=Words())
-    return ours.prompt_adapters.current.prompt_embeddings(), ours.get_input_embeddings().weight
-
-
-def is_row_of(rows: Tensor, table: Tensor) -> list[bool]:
-    return [bool((table == row).all(1).any()) for row in rows]
-
-
-def test_random_start_is_normal() -> None:
-    prompt, _ = started(num_virtual_tokens=400)
-    assert abs(prompt.mean()) < 0.03
-    assert abs(prompt.std() - 1) < 0.03
-
-
-def test_start_from_the_vocabulary() -> None:
-    prompt, table = started(prompt_tuning_init="SAMPLE_VOCAB", num_virtual_tokens=30)
-    assert all(is_row_of(prompt, table))
-    assert len(prompt.unique(dim=0)) > 5
-
-
-def test_start_from_the_most_frequent_tokens() -> None:
-    fields = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 60}
-    prompt, table = started(vocab_size_limit=4, **fields)
-    assert all(is_row_of(prompt, table[:4]))
-    assert len(prompt.unique(dim=0)) == 4
-    frequencies = [0.0] * 30
-    frequencies[17], frequencies[29], frequencies[4] = 5, 9, 1
-    prompt, table = started(vocab_size_limit=2, token_frequencies=frequencies, **fields)
-    assert all(is_row_of(prompt, table[[17, 29]]))
-    assert len(prompt.unique(dim=0)) == 2
-
-
-def test_start_from_text_is_repeated() -> None:
-    prompt, table = started(prompt_tuning_init="TEXT", prompt_tuning_init_text="7 8")
-    assert torch.equal(prompt, table[[1, 7, 8, 1, 7]])
-
-
-def test_start_from_class_labels() -> None:
-    prompt, table = started(
-        prompt_tuning_init="CLASS_LABELS", class_labels=["7 8 9", "5"], vocab_size_limit=6
-    )
-    close(prompt[0], (table[7] + table[8] + table[9]) / 3)
-    assert torch.equal(prompt[1], table[5])
-    assert all(is_row_of(prompt[2:], table[:6]))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "7 8 9 10 11"},
-            "has 6 tokens; expected 1 to 5, num_virtual_tokens",
-        ),
-        (
-            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "7 40"},
-            "token id 40; expected ids below 40",
-        ),
-        (
-            {"prompt_tuning_init": "CLASS_LABELS", "class_labels": ["7", "good"]},
-            "class_labels has 'good', for which the tokenizer has no token",
-        ),
-        (
-            {"prompt_tuning_init": "CLASS_LABELS", "class_labels": [" "]},
-            "class_labels has ' ', for which",
-        ),
-        (
-            {"prompt_tuning_init": "SAMPLE_VOCAB", "vocab_size_limit": 41},
-            "vocab_size_limit is 41; expected at most 40",
-        ),
-        (
-            {
-                "prompt_tuning_init": "SAMPLE_VOCAB",
-                "vocab_size_limit": 3,
-                "token_frequencies": [1.0, 2.0],
-            },
-            "token_frequencies has 2 numbers; expected 3",
-        ),
-        ({"token_dim": 16}, "token_dim is 16; expected 32"),
-        ({"num_layers": 5}, "num_layers is 5; expected 2"),
-        ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2; expected 1"),
-        ({"modules_to_save": ["lm_hea"]}, "modules_to_save has 'lm_hea'.*near matches: lm_head"),
-    ],
-)
-def test_bad_start_leaves_the_model_alone(fields: dict[str, Any], message: str) -> None:
-    base = models.model("llama")
-    before = dict(base.__dict__)
-    with pytest.raises(ValueError, match=message):
-        fused_peft.get_peft_model(
-            base, PromptTuningConfig(num_virtual_tokens=5, **fields), tokenizer=Words()
-        )
-    assert base.__dict__.keys() == before.keys()
-    assert "prompt_adapters" not in base._modules
-    assert all(p.requires_grad for p in base.parameters())
-
-
-def test_text_without_tokenizer_is_an_error_but_not_for_inference() -> None:
-    fields = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "7", "num_virtual_tokens": 2}
-    base = models.model("llama")
-    with pytest.raises(ValueError, match="tokenizer is None and so is tokenizer_name_or_path"):
-        fused_peft.get_peft_model(base, PromptTuningConfig(**fields))
-    fused_peft.get_peft_model(base, PromptTuningConfig(inference_mode=True, **fields))
-    assert not base.prompt_adapters.current.embedding.weight.requires_grad
-
-
-def test_model_that_cannot_take_a_prompt_is_refused() -> None:
-    sizes = {"token_dim": 4, "num_layers": 1, "num_attention_heads": 1}
-    with pytest.raises(ValueError, match="Linear has no input embeddings"):
-        fused_peft.get_peft_model(
-            nn.Linear(4, 4), PromptTuningConfig(num_virtual_tokens=2, **sizes)
-        )
 
 
 # The modules
