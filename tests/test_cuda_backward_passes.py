@@ -221,12 +221,17 @@ def test_rows_that_no_tensor_copy_addresses_take_the_sm80_kernel(name):
 def test_s_may_lie_at_any_float(factor):
     t = make(70, 136, 72, 24, torch.bfloat16, factor)
     s = torch.randn(70 * 24 + 1)
+    without_dx = (False, True, True)
     with forced(SIMULATED_CUDA):
-        aligned, launches = backward(t, s=s[1:].reshape(70, 24).clone())
+        aligned, _ = backward(t, s=s[1:].reshape(70, 24).clone(), wanted=without_dx)
+        odd, launches = backward(t, s=s[1:].reshape(70, 24), wanted=without_dx)
         assert "dy_pass_sm90" in launches[DY].kernel
-        odd, _ = backward(t, s=s[1:].reshape(70, 24))
-    for ours, other in zip(odd, aligned, strict=True):
+        # With dx too there would be a single launch in place of the pass, but for such an s.
+        all_three, launches = backward(t, s=s[1:].reshape(70, 24))
+        assert "dy_pass_sm90" in launches[DY].kernel
+    for ours, other, with_dx in list(zip(odd, aligned, all_three, strict=True))[1:]:
         assert torch.equal(ours, other)
+        assert torch.equal(ours, with_dx)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)

@@ -175,8 +175,8 @@ LoraLinearPlan backward_plan(const LoraLinearBackward& args, const LaunchContext
   const LoraLinearParams& p = args.problem;
   LoraLinearShape shape = shape_of(p);
   shape.aligned = shape.aligned && aligned16(args.dy.data, args.dy.row_stride, p.n) &&
-                  (!args.dx || aligned16(args.dx, p.k, p.k)) && aligned16(args.s, 0, 0);
-  shape.single_launch_state = context.single_launch_state != nullptr;
+                  (!args.dx || aligned16(args.dx, p.k, p.k));
+  shape.single_launch = context.single_launch_state && aligned16(args.s, 0, 0);
   shape.dx = args.dx != nullptr;
   return plan_lora_linear(shape, context.device);
 }

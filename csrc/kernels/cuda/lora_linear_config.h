@@ -15,8 +15,8 @@ struct LoraLinearShape {
   bool weight_k_major = true;  // weight [N, K] with K contiguous; else N contiguous
   bool aligned = true;         // rows of x, weight and y (dx) are 16-byte aligned and whole
   bool lora_a_aligned = true, lora_b_aligned = true;  // and those of the factors
-  bool single_launch_state = true;                    // LaunchContext::single_launch_state is there
-  bool dx = true;                                     // the gradient of x is wanted
+  bool single_launch = true;  // LaunchContext::single_launch_state is there, s 16-byte aligned
+  bool dx = true;             // the gradient of x is wanted
 };
 
 enum class ForwardPath : int32_t {
@@ -169,7 +169,7 @@ constexpr GemmChoice choose_single_launch(int64_t m, int64_t n, const DeviceFact
 // It spares a launch and the second pass over x (or dy), and costs nothing: its GEMM has the tiles
 // and clusters of the one in two launches, and R / n more products, which the pass would have too.
 constexpr bool fits_single_launch(const LoraLinearShape& p, const DeviceFacts& device) {
-  if (!kHasSm90a || device.major != 9 || !p.single_launch_state) return false;
+  if (!kHasSm90a || device.major != 9 || !p.single_launch) return false;
   if (!p.aligned || !p.lora_a_aligned || !p.lora_b_aligned || p.factor_float || p.r % 8 != 0)
     return false;
   if (p.dropout || !p.weight_k_major || p.r > kFusedMaxRank) return false;

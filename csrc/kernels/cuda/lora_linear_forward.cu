@@ -114,7 +114,7 @@ LoraLinearPlan forward_plan(const LoraLinearForward& args, const LaunchContext& 
   const LoraLinearParams& p = args.problem;
   LoraLinearShape shape = shape_of(p);
   shape.aligned = shape.aligned && aligned16(args.y, args.y_row_stride, p.n);
-  shape.single_launch_state = context.single_launch_state != nullptr;
+  shape.single_launch = context.single_launch_state != nullptr;
   return plan_lora_linear(shape, context.device);
 }
 
