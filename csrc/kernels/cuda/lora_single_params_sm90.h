@@ -42,7 +42,8 @@ struct LoraSingleParams {
 
 template <int BLOCK_N_, int kStages_, int kDown_, bool kBackward_>
 struct LoraSingleTile {
-  static constexpr int BLOCK_M = 128, BLOCK_N = BLOCK_N_, BLOCK_K = kSwizzledColumns;
+  static constexpr int BLOCK_M = kSingleLaunchRows, BLOCK_N = BLOCK_N_;
+  static constexpr int BLOCK_K = kSwizzledColumns;
   static constexpr int kStages = kStages_;
   static constexpr int kDown = kDown_;  // columns of the narrow product, R rounded up
   static constexpr bool kBackward = kBackward_;
